@@ -1,0 +1,327 @@
+"""`BaseBroker`: what a broker is to the gateway, for the built-in adapters and for your own.
+
+`docs/writing-a-broker.md` tells the whole story with an example.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from httptrading.brokers.registry import broker_meta
+from httptrading.errors import Unsupported
+from httptrading.model import (
+    Cash,
+    Contract,
+    Fill,
+    Lifecycle,
+    MarketStatus,
+    Order,
+    OrderReport,
+    OrderType,
+    Position,
+    Quote,
+    TimeInForce,
+)
+
+_Result = TypeVar("_Result")
+
+READS = (
+    "ping",
+    "quote",
+    "market_status",
+    "cash",
+    "positions",
+    "order",
+    "recent_orders",
+    "fills",
+)
+CHANGES = ("place_order", "cancel_order")
+OPERATIONS = READS + CHANGES
+
+
+@dataclass(frozen=True)
+class Window:
+    """A documented limit: at most `limit` calls in any `seconds`, at least `gap` seconds apart.
+
+    `kept` slots are left free for cancellations: other calls may use `limit - kept`.
+    """
+
+    limit: int
+    seconds: float
+    gap: float = 0.0
+    kept: int = 0
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One kind of order that a broker takes."""
+
+    region: str
+    order_type: OrderType
+    time_in_force: TimeInForce
+    lifecycle: Lifecycle
+
+    def __str__(self) -> str:
+        return " ".join(
+            (self.region, self.order_type.name, self.time_in_force.name, self.lifecycle.name)
+        )
+
+
+def combine(
+    regions: Iterable[str],
+    order_types: Iterable[OrderType],
+    times_in_force: Iterable[TimeInForce],
+    lifecycles: Iterable[Lifecycle],
+) -> frozenset[Combination]:
+    """Every combination of the given values; tables are unions of a few of these."""
+    return frozenset(
+        Combination(*values) for values in product(regions, order_types, times_in_force, lifecycles)
+    )
+
+
+class Link(Protocol):
+    """The worker, as a broker object sees it; every method may be called from any thread."""
+
+    def report(self, reports: Iterable[OrderReport]) -> None: ...
+
+    def fill(self, fills: Iterable[Fill]) -> None: ...
+
+    def stale(self) -> None: ...
+
+    def lost(self, reason: str) -> None: ...
+
+    def restored(self) -> None: ...
+
+    def take(self, window: str) -> None: ...
+
+
+class BaseBroker:
+    """One account at one broker.
+
+    The object made by the user is a prototype that never connects. Each worker (see `connections`)
+    makes a copy of it inside its own thread or child process, calls `connect()` there, then the
+    operations one at a time, then `close()`. After a broken connection or a stuck call a fresh copy
+    is made. Every method may be plain `def` or `async def`.
+    """
+
+    connections: ClassVar[Mapping[str, tuple[str, ...]]] = {"trade": OPERATIONS}
+    """Worker name → the operations it serves. A broker with a separate quote connection has two, so
+    that a stuck quote never delays a cancel. The copy of the broker reads its own name in
+    `self.connection`."""
+
+    isolation: ClassVar[str] = "thread"
+    """Where the workers run unless configured otherwise: "thread" or "process" (for SDKs that hold
+    the GIL or whose dependencies conflict)."""
+
+    sdk: ClassVar[str] = ""
+    """How to install what `connect()` imports, e.g. `httptrading[futu]`; for the error message."""
+
+    windows: ClassVar[Mapping[str, Window]] = {}
+    """Window name → documented limit."""
+
+    costs: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Operation → the windows in which one call of it takes a slot."""
+
+    ages: ClassVar[Mapping[str, float]] = {}
+    """Operation → how old (seconds) an answer from memory may be; overrides the gateway's."""
+
+    listing_delay: ClassVar[float] = 2.0
+    """Seconds after which an accepted order is sure to show in `recent_orders()`."""
+
+    combinations: ClassVar[frozenset[Combination] | None] = None
+    """The kinds of orders this broker takes; None: whatever it is given."""
+
+    quote_regions: ClassVar[frozenset[str] | None] = None
+    """Where it has quotes; None: whatever it is asked for."""
+
+    def __init__(
+        self,
+        broker_args: Mapping[str, Any] | None = None,
+        instance_id: str | None = None,
+        tokens: Iterable[str] | None = None,
+    ) -> None:
+        """Stores only. An adapter may check its arguments here (ValueError), but never connects."""
+        self.broker_args: dict[str, Any] = dict(broker_args or {})
+        self.instance_id: str = instance_id or ""
+        self.tokens: list[str] = list(tokens or ())
+        self.connection: str = "trade"
+        self.data_dir: Path = Path(".")
+        self._link: Link | None = None
+
+    def __repr__(self) -> str:
+        # Arguments and tokens are secrets, and instance ids are half of one.
+        return f"<{type(self).__name__} {self.instance_id[:4]}…>"
+
+    @property
+    def broker_name(self) -> str:
+        return broker_meta(type(self)).name
+
+    @property
+    def broker_display(self) -> str:
+        return broker_meta(type(self)).display
+
+    # --- what is known without a connection ------------------------------------------------
+    def account_key(self) -> str:
+        """Names the credentials: instances with the same key share their rate windows."""
+        text = json.dumps(self.broker_args, sort_keys=True, default=str)
+        return f"{self.broker_name}:{hashlib.sha256(text.encode()).hexdigest()}"
+
+    def check_contract(self, contract: Contract) -> None:
+        """Raises Unsupported when there is no quote for such a contract here."""
+        if self.quote_regions is not None and contract.region not in self.quote_regions:
+            known = ", ".join(sorted(self.quote_regions)) or "no market"
+            raise Unsupported(
+                f"{self.broker_display} has no quotes for region {contract.region}, only: {known}"
+            )
+
+    def check_order(
+        self,
+        contract: Contract,
+        order_type: OrderType,
+        time_in_force: TimeInForce,
+        lifecycle: Lifecycle,
+        direction: str,
+        qty: int,
+        price: float | None,
+    ) -> None:
+        """Raises Unsupported when this broker does not take such an order.
+
+        Runs before anything is queued, on the prototype: no SDK, no connection, no waiting.
+        """
+        if self.combinations is None:
+            return
+        asked = Combination(contract.region, order_type, time_in_force, lifecycle)
+        if asked not in self.combinations:
+            there = [known for known in self.combinations if known.region == contract.region]
+            listed = "; ".join(sorted(map(str, there or self.combinations)))
+            raise Unsupported(
+                f"{self.broker_display} does not take {asked} orders. It takes: {listed}"
+            )
+
+    # --- the connection ---------------------------------------------------------------------
+    def connect(self) -> Awaitable[None] | None:
+        """Imports the SDK and connects; the only place that does.
+
+        Raises BrokerUnavailable with a sentence of what is wrong and what to do; the worker tries
+        again with growing pauses. Must end by itself where the SDK lets it.
+        """
+        return None
+
+    def close(self) -> Awaitable[None] | None:
+        """Ends everything that `connect()` began; called in the worker's thread, also after a
+        failed `connect()`."""
+        return None
+
+    def abort(self) -> None:
+        """Makes a stuck call end by closing its sockets; called from another thread, never waits.
+        """
+
+    # --- the eight operations ---------------------------------------------------------------
+    async def place_order(
+        self,
+        contract: Contract,
+        order_type: OrderType,
+        time_in_force: TimeInForce,
+        lifecycle: Lifecycle,
+        direction: str,
+        qty: int,
+        price: float | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Sends one order and returns the broker's order id.
+
+        `price` is None for market orders; its shortest text is exactly what the client typed.
+        Keywords: `client_order_id`, and `mark`, the tag (ASCII, at most 24 characters) to give to
+        the broker where it returns one in `recent_orders()`. Never sends twice. Raises Rejected
+        (the broker said no), BrokerUnavailable or RateLimited (nothing was sent), OutcomeUnknown
+        (sent, no answer); any other exception counts as OutcomeUnknown.
+        """
+        raise NotImplementedError
+
+    async def cancel_order(self, order_id: str) -> None:
+        """Asks for a cancellation; same errors as `place_order`, and OrderNotFound."""
+        raise NotImplementedError
+
+    async def order(self, order_id: str) -> Order | OrderReport:
+        """One order; OrderNotFound when the broker does not know it (any more)."""
+        raise NotImplementedError
+
+    async def positions(self) -> list[Position]:
+        raise NotImplementedError
+
+    async def cash(self) -> Cash:
+        """An adapter that knows several currencies takes `currency: str = "USD"`."""
+        raise NotImplementedError
+
+    async def ping(self) -> bool:
+        return True
+
+    async def quote(self, contract: Contract) -> Quote:
+        raise NotImplementedError
+
+    async def market_status(self) -> Mapping[Any, Mapping[str, MarketStatus]]:
+        """`{"securities": {"US": MarketStatus(…), …}}`; `TradeType.Securities` is a key as well."""
+        raise NotImplementedError
+
+    # --- what settlement and lists need -----------------------------------------------------
+    async def recent_orders(self) -> list[OrderReport]:
+        """All open orders, and all that changed today (as far back as the broker tells cheaply).
+
+        One complete listing or an exception: an order that is missing here counts as not placed.
+        """
+        raise NotImplementedError
+
+    async def fills(self, order_id: str) -> list[Fill]:
+        raise NotImplementedError
+
+    # --- for use by subclasses --------------------------------------------------------------
+    async def call_sync(self, function: Callable[[], _Result]) -> _Result:
+        """Runs a blocking SDK call. A worker is its broker's own thread, so it simply runs it."""
+        return function()
+
+    async def call_async(self, awaitable: Awaitable[_Result]) -> _Result:
+        return await awaitable
+
+    def report(self, *reports: OrderReport) -> None:
+        """Tells the gateway what a push said of orders. From any thread, never waits."""
+        if self._link is not None and reports:
+            self._link.report(reports)
+
+    def report_fills(self, *fills: Fill) -> None:
+        if self._link is not None and fills:
+            self._link.fill(fills)
+
+    def stale(self) -> None:
+        """Something changed at the broker: nothing is answered from memory any more."""
+        if self._link is not None:
+            self._link.stale()
+
+    def lost(self, reason: str) -> None:
+        """The connection is gone for good: close this copy and connect a fresh one."""
+        if self._link is not None:
+            self._link.lost(reason)
+
+    def restored(self) -> None:
+        """The SDK reconnected by itself: what was missed meanwhile must be looked up."""
+        if self._link is not None:
+            self._link.restored()
+
+    def take(self, window: str) -> None:
+        """Takes a slot for a call that an operation makes beside its own; RateLimited if none."""
+        if self._link is not None:
+            self._link.take(window)
+
+
+async def run_operation(function: Callable[..., Any], /, **arguments: Any) -> Any:
+    """Calls a plain or `async def` method and returns its result."""
+    result = function(**arguments)
+    if asyncio.iscoroutine(result) or isinstance(result, Awaitable):
+        result = await result
+    return result

@@ -1,0 +1,128 @@
+"""Every error this package raises on purpose, as one small tree.
+
+    HttpTradingError
+    ├── InvalidRequest        the input is wrong; nothing was sent
+    ├── Unsupported           valid, but not with this broker; nothing was sent
+    ├── IdempotencyConflict   the client order id names another order; nothing was sent
+    ├── OrderNotFound         neither the broker nor the journal knows the order
+    ├── InternalError         our bug; details only in the log
+    └── BrokerError
+        ├── Rejected          the broker said no
+        ├── RateLimited       our window or the broker's own limit; nothing was done
+        ├── Busy              queue full or shutting down; nothing was sent
+        ├── BrokerUnavailable no connection; nothing was sent
+        ├── TimedOut          the deadline passed; nothing was changed at the broker
+        └── OutcomeUnknown    sent, answer not known: look before repeating
+
+The text of an error is a sentence for a trader and reaches the client as `ex`. It never contains
+an SDK exception's text, because some SDKs put signatures and keys there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+
+class HttpTradingError(Exception):
+    """Base of all; `code` is the `error.code` of the HTTP contract.
+
+    `retryable`: the same request may succeed later, and sending it again can do no harm.
+    `outcome`: "none" when nothing was changed at the broker, "unknown" when it may have been.
+    `retry_after`: seconds after which to try again, or None.
+    """
+
+    code: ClassVar[str] = "INTERNAL"
+    retryable: ClassVar[bool] = False
+    outcome: ClassVar[str] = "none"
+
+    def __init__(self, text: str, *, retry_after: float | None = None) -> None:
+        super().__init__(text)
+        self.text = text
+        self.retry_after = retry_after
+
+
+class InvalidRequest(HttpTradingError):
+    """`fields` maps the JSON name of each bad field to the sentences about it."""
+
+    code = "INVALID_REQUEST"
+
+    def __init__(self, text: str, fields: Mapping[str, list[str]] | None = None) -> None:
+        super().__init__(text)
+        self.fields: dict[str, list[str]] = dict(fields or {})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.text, self.fields)
+
+
+class Unsupported(HttpTradingError):
+    code = "UNSUPPORTED"
+
+
+class IdempotencyConflict(HttpTradingError):
+    code = "IDEMPOTENCY_CONFLICT"
+
+
+class OrderNotFound(HttpTradingError):
+    code = "ORDER_NOT_FOUND"
+
+
+class InternalError(HttpTradingError):
+    code = "INTERNAL"
+
+
+class BrokerError(HttpTradingError):
+    """Anything between us and the broker, or said by the broker."""
+
+
+class Rejected(BrokerError):
+    """The broker's refusal, in the broker's own words."""
+
+    code = "BROKER_REJECTED"
+
+
+class RateLimited(BrokerError):
+    code = "RATE_LIMITED"
+    retryable = True
+
+
+class Busy(BrokerError):
+    code = "BUSY"
+    retryable = True
+
+
+class BrokerUnavailable(BrokerError):
+    """No connection, so nothing was sent. Raised by an adapter, it makes the worker reconnect."""
+
+    code = "BROKER_UNAVAILABLE"
+    retryable = True
+
+
+class TimedOut(BrokerError):
+    code = "TIMEOUT"
+    retryable = True
+
+
+class OutcomeUnknown(BrokerError):
+    """Sent, and no answer: never to be repeated before the order was looked for."""
+
+    code = "OUTCOME_UNKNOWN"
+    outcome = "unknown"
+
+
+ERRORS: dict[str, type[HttpTradingError]] = {
+    error.code: error
+    for error in (
+        InvalidRequest,
+        Unsupported,
+        IdempotencyConflict,
+        OrderNotFound,
+        InternalError,
+        Rejected,
+        RateLimited,
+        Busy,
+        BrokerUnavailable,
+        TimedOut,
+        OutcomeUnknown,
+    )
+}
