@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from httptrading.brokers.registry import broker_meta
-from httptrading.errors import Unsupported
+from httptrading.errors import BrokerUnavailable, Unsupported
 from httptrading.model import (
     Cash,
     Contract,
@@ -100,6 +100,8 @@ class Link(Protocol):
     def restored(self) -> None: ...
 
     def take(self, window: str) -> None: ...
+
+    def quote_of(self, instance_id: str, contract: Contract) -> Quote: ...
 
 
 class BaseBroker:
@@ -317,6 +319,15 @@ class BaseBroker:
         """Takes a slot for a call that an operation makes beside its own; RateLimited if none."""
         if self._link is not None:
             self._link.take(window)
+
+    def quote_of(self, instance_id: str, contract: Contract) -> Quote:
+        """Another instance's quote (Paper trades on real prices with it); its errors pass through.
+
+        Only in `thread` isolation.
+        """
+        if self._link is None:
+            raise BrokerUnavailable("not connected")
+        return self._link.quote_of(instance_id, contract)
 
 
 async def run_operation(function: Callable[..., Any], /, **arguments: Any) -> Any:
