@@ -1,0 +1,73 @@
+"""What gunicorn calls: the gateway starts, drains and closes with its one worker process.
+
+`gunicorn.conf.py` and `httptrading.run()` use the same hooks.
+"""
+
+from __future__ import annotations
+
+import queue
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+STOP_WITHIN = 4
+"""Seconds from SIGTERM until gunicorn's master kills a worker process that has not ended."""
+
+_REQUESTS_END_WITHIN = 3
+"""Seconds that the worker process waits for its requests; the rest is for closing the brokers."""
+
+
+def on_starting(server: Any) -> None:
+    """Refuses what would break the rule of one process with threads; `server` is the arbiter."""
+    if server.cfg.workers != 1:
+        raise RuntimeError(
+            f"workers = {server.cfg.workers}: httptrading runs as one worker process with threads. "
+            "A second process would be a second session at each broker, with its own rate windows "
+            "and its own view of the orders. Use threads (in the configuration file) for more "
+            "requests at a time, and more instances or another service for more accounts."
+        )
+    if server.cfg.worker_class_str != "gthread":
+        raise RuntimeError(
+            f"worker_class = {server.cfg.worker_class_str}: httptrading needs gthread. Requests "
+            "wait for brokers, so one at a time (sync) or on a patched loop (gevent) would hang."
+        )
+
+
+def post_worker_init(worker: Any) -> None:
+    """Starts the gateway after the fork, and lets it know of SIGTERM at once.
+
+    gunicorn's gthread worker first waits for the requests that are under way and only then calls
+    `worker_exit`. Requests wait for brokers, so the gateway must hear of the stop before that: it
+    then answers what has not begun. The handler only puts into a SimpleQueue, which is safe inside
+    a signal handler; a thread of its own does the work.
+    """
+    gateway = _gateway(worker)
+    gateway.start()
+    # This process's own copy of the setting: the master keeps STOP_WITHIN.
+    worker.cfg.set("graceful_timeout", min(worker.cfg.graceful_timeout, _REQUESTS_END_WITHIN))
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def drain_when_told() -> None:
+        signals.get()
+        gateway.drain()
+
+    def on_sigterm(number: int, frame: FrameType | None) -> None:
+        signals.put(number)
+        worker.handle_exit(number, frame)
+
+    threading.Thread(target=drain_when_told, name="httptrading-stop", daemon=True).start()
+    signal.signal(signal.SIGTERM, on_sigterm)
+    # As in gunicorn's own init_signals: a system call under way goes on.
+    signal.siginterrupt(signal.SIGTERM, False)
+
+
+def worker_exit(server: Any, worker: Any) -> None:
+    """Closes the brokers. `atexit` would be too late: it waits for every non-daemon thread of the
+    SDKs, and the master kills the process meanwhile."""
+    if hasattr(worker, "wsgi"):  # else the application was never loaded
+        _gateway(worker).close()
+
+
+def _gateway(worker: Any) -> Any:
+    return worker.wsgi.extensions["httptrading"]

@@ -1,0 +1,85 @@
+"""gunicorn's settings for httptrading: `gunicorn` in this directory starts the service.
+
+Everything that users change (address, port, threads, instances) stands in the TOML file that
+HTTPTRADING_CONFIG names. Options on gunicorn's command line still win over this file.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from httptrading.app import hooks
+from httptrading.app.config import ConfigurationError, load_settings
+
+try:
+    settings = load_settings(None, os.environ)
+except ConfigurationError as error:
+    sys.exit(f"httptrading: {error}")
+
+# --- what runs ---------------------------------------------------------------------------------
+wsgi_app = "wsgi:app"
+bind = f"{settings.host}:{settings.port}"
+proc_name = "httptrading"
+
+# One process owns the brokers' sessions, with a thread for each request that is under way.
+# `on_starting` refuses another number of workers or another class, wherever it was set.
+workers = 1
+worker_class = "gthread"
+threads = settings.threads
+
+# The application is loaded in the worker process. preload_app = True works as well: no thread
+# starts and no SDK is imported before the fork.
+preload_app = False
+
+# --- time --------------------------------------------------------------------------------------
+# A worker process whose main loop gives no sign of life for so long is killed. This is no limit on
+# requests: each has its own deadline (HT-TIMEOUT), at most 30 s.
+timeout = 60
+# From SIGTERM to the end, whatever the SDKs do.
+graceful_timeout = hooks.STOP_WITHIN
+# Longer than nginx keeps its connections to us (60 s), so that nginx never writes into one that we
+# are just closing.
+keepalive = 75
+
+# --- limits ------------------------------------------------------------------------------------
+# Waiting connections beyond this are refused by the kernel instead of queueing for minutes.
+backlog = 256
+limit_request_line = 4094
+limit_request_fields = 50
+limit_request_field_size = 4096
+
+# --- files and logs ----------------------------------------------------------------------------
+# The heartbeat file on a RAM disk: on a slow disk, gunicorn would take a stalled write for a
+# stalled process.
+worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None
+# No control socket: whoever can open it may change the number of workers.
+control_socket_disable = True
+# Paths hold instance ids, so gunicorn's access log stays off; deploy/nginx.conf masks them in its.
+accesslog = None
+errorlog = "-"
+loglevel = "info"
+
+
+# --- the gateway's life ------------------------------------------------------------------------
+on_starting = hooks.on_starting
+worker_exit = hooks.worker_exit
+
+
+def post_worker_init(worker):
+    """The service listens and answers from here on."""
+    hooks.post_worker_init(worker)
+    if settings.generated:
+        print(first_steps(worker.sockets[0].getsockname()), file=sys.stderr, flush=True)
+
+
+def first_steps(address):
+    """What to try with the made-up paper account; `make run` alone shows its token."""
+    broker = settings.instances[0].broker
+    if not os.environ.get("HTTPTRADING_SHOW_TOKEN"):
+        return f"httptrading: no configuration, so one paper account runs: see {settings.data_dir}"
+    host = "127.0.0.1" if address[0] == "0.0.0.0" else address[0]
+    return (
+        "\nhttptrading listens, with one paper account (模拟交易) and no configuration. Try:\n\n"
+        f"  curl -H 'HT-TOKEN: {broker.tokens[0]}' "
+        f"http://{host}:{address[1]}/httptrading/api/{broker.instance_id}/cash/state\n"
+    )
