@@ -222,8 +222,7 @@ class BaseBroker:
         return None
 
     def abort(self) -> None:
-        """Makes a stuck call end by closing its sockets; called from another thread, never waits.
-        """
+        """Makes a stuck call end by closing its sockets; from another thread, never waits."""
 
     # --- the eight operations ---------------------------------------------------------------
     async def place_order(

@@ -29,7 +29,8 @@ class HttpTradingError(Exception):
 
     `retryable`: the same request may succeed later, and sending it again can do no harm.
     `outcome`: "none" when nothing was changed at the broker, "unknown" when it may have been.
-    `retry_after`: seconds after which to try again, or None.
+    `retry_after`: seconds after which to try again, or None. `client_order_id`: the name of the
+    order in question. `replayed`: this is the stored answer to an earlier request.
     """
 
     code: ClassVar[str] = "INTERNAL"
@@ -40,6 +41,8 @@ class HttpTradingError(Exception):
         super().__init__(text)
         self.text = text
         self.retry_after = retry_after
+        self.client_order_id: str | None = None
+        self.replayed = False
 
 
 class InvalidRequest(HttpTradingError):

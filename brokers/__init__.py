@@ -1,0 +1,1 @@
+"""Everything between the HTTP routes and the brokers: workers, limits, journal, adapters."""

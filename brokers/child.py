@@ -1,0 +1,124 @@
+"""The child process of `isolation = "process"`: one broker, one pipe to the parent.
+
+Needs only the standard library, httptrading's plain modules and the broker's own SDK.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Iterable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NoReturn
+
+from httptrading.brokers.base import BaseBroker
+from httptrading.brokers.local import LocalBroker
+from httptrading.errors import BrokerUnavailable, HttpTradingError
+from httptrading.model import Contract, Fill, OrderReport, Quote
+
+PICKLE_PROTOCOL = 4
+
+
+class _ParentLink:
+    """The broker telling the parent; from any thread."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._lock = threading.Lock()
+
+    def send(self, *message: Any) -> None:
+        data = pickle.dumps(message, PICKLE_PROTOCOL)
+        with self._lock:
+            self._pipe.send_bytes(data)
+
+    def report(self, reports: Iterable[OrderReport]) -> None:
+        self.send("report", tuple(reports))
+
+    def fill(self, fills: Iterable[Fill]) -> None:
+        self.send("fill", tuple(fills))
+
+    def stale(self) -> None:
+        self.send("stale")
+
+    def lost(self, reason: str) -> None:
+        self.send("lost", reason)
+
+    def restored(self) -> None:
+        self.send("restored")
+
+    def take(self, window: str) -> None:
+        """Only from within an operation: the parent sends nothing else while one runs."""
+        self.send("take", window)
+        kind, error = pickle.loads(self._pipe.recv_bytes())
+        if kind != "taken":
+            raise RuntimeError("unexpected message")
+        if error is not None:
+            raise error
+
+    def quote_of(self, instance_id: str, contract: Contract) -> Quote:
+        raise BrokerUnavailable('Another instance\'s quotes need isolation = "thread"')
+
+
+def main(descriptor: int, lifeline: int) -> NoReturn:
+    """Serves the parent until it says so or is gone."""
+    _die_with_parent(lifeline)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
+    pipe = Connection(descriptor)
+    link = _ParentLink(pipe)
+    code = 0
+    try:
+        _, paths, broker, connection, data_dir = pickle.loads(pipe.recv_bytes())
+        sys.path[:] = [*sys.path, *(path for path in paths if path not in sys.path)]
+        prototype: BaseBroker = pickle.loads(broker)
+        local = LocalBroker(prototype, connection, Path(data_dir), link)
+        asyncio.run(_serve(pipe, link, local))
+    except (EOFError, OSError):
+        code = 1  # the parent is gone
+    # SDKs leave threads behind that would hold the process.
+    os._exit(code)
+
+
+async def _serve(pipe: Connection, link: _ParentLink, broker: LocalBroker) -> None:
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(pipe.fileno(), readable.set)
+    while True:
+        await readable.wait()
+        readable.clear()
+        while pipe.poll():
+            message = pickle.loads(pipe.recv_bytes())
+            try:
+                value: Any = None
+                match message:
+                    case ("open", float(seconds)):
+                        await broker.open(seconds)
+                    case ("run", str(operation), dict(arguments), float(seconds)):
+                        value = await broker.run(operation, arguments, seconds)
+                    case ("close",):
+                        await broker.close()
+                        link.send("result", None)
+                        return
+                link.send("result", value)
+            except HttpTradingError as error:
+                link.send("error", error)
+
+
+def _die_with_parent(lifeline: int) -> None:
+    """Ends this process when the parent's end of `lifeline` closes, however the parent ended."""
+    if sys.platform == "linux":
+        # The kernel's own way also works while an SDK holds the GIL (prctl(2), PR_SET_PDEATHSIG 1).
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+    def watch() -> None:
+        os.read(lifeline, 1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,698 @@
+"""One account: what the HTTP routes ask, turned into calls on its workers and rows in the journal.
+
+Every method takes a `deadline` in `time.monotonic()` seconds and ends by it, with an answer or an
+error of the tree. Sections below: reads, placing, cancelling, orders, what the workers tell.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from httptrading.brokers.base import READS, BaseBroker, Combination, Link
+from httptrading.brokers.journal import (
+    NOT_PLACED,
+    PLACED,
+    REFUSED,
+    SEEN,
+    UNSETTLED,
+    Journal,
+    JournalOrder,
+    OrderRequest,
+)
+from httptrading.brokers.limits import WindowState, account_windows
+from httptrading.brokers.local import LocalBroker
+from httptrading.brokers.process import ChildBroker
+from httptrading.brokers.reads import ReadMemory
+from httptrading.brokers.recorder import Recorder
+from httptrading.brokers.settings import InstanceSettings
+from httptrading.brokers.settlement import Settlement
+from httptrading.brokers.worker import Backend, Call, Worker, WorkerState, not_sent_in_time
+from httptrading.errors import (
+    BrokerUnavailable,
+    Busy,
+    HttpTradingError,
+    IdempotencyConflict,
+    InvalidRequest,
+    OrderNotFound,
+    OutcomeUnknown,
+    RateLimited,
+    Rejected,
+    TimedOut,
+    Unsupported,
+)
+from httptrading.model import (
+    CURRENCIES,
+    Cash,
+    Contract,
+    Fill,
+    MarketStatus,
+    Order,
+    OrderReport,
+    Position,
+    Quote,
+)
+
+log = logging.getLogger("httptrading.instance")
+
+ANSWER_GRACE = 0.1
+"""Seconds a waiter stays beyond the deadline for the operation's own account of what happened."""
+
+_NOTHING_SENT = (BrokerUnavailable, Busy, InvalidRequest, RateLimited, TimedOut, Unsupported)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An order that the broker took. `replayed`: the stored answer of an earlier request."""
+
+    order_id: str
+    client_order_id: str
+    time: datetime
+    replayed: bool = False
+
+
+class Placement(Future[str]):
+    """An order being sent right now under a client order id; done when the SDK call has ended."""
+
+    def __init__(self, request: OrderRequest) -> None:
+        super().__init__()
+        self.request = request
+        self.call: Call | None = None
+
+
+@dataclass(frozen=True)
+class ConnectionState:
+    name: str
+    state: WorkerState
+    queued: int
+
+
+@dataclass(frozen=True)
+class InstanceState:
+    """What `instance/state` tells."""
+
+    connections: tuple[ConnectionState, ...]
+    windows: Mapping[str, WindowState]
+    operations: tuple[str, ...]
+    combinations: tuple[Combination, ...] | None
+    quote_regions: tuple[str, ...] | None
+    unsettled: int
+    oldest_unsettled: datetime | None
+
+
+class Instance:
+    """A configured account with its workers."""
+
+    def __init__(
+        self,
+        settings: InstanceSettings,
+        journal: Journal,
+        recorder: Recorder,
+        data_dir: Path,
+        quote_of: Callable[[str, Contract], Quote],
+    ) -> None:
+        self.settings = settings
+        self.broker = settings.broker
+        self.id = settings.broker.instance_id
+        self.masked_id = self.id[:4] + "…"
+        self.quote_of = quote_of
+        self._journal = journal
+        self._recorder = recorder
+        broker_class = type(self.broker)
+        self._reads = ReadMemory({**broker_class.ages, **settings.ages})
+        windows = {**self.broker.windows, **settings.windows}
+        self.windows = account_windows(self.broker.account_key(), windows)
+        folder = hashlib.sha256(self.id.encode()).hexdigest()[:16]
+        self.data_dir = data_dir / "instances" / folder
+        self.workers: dict[str, Worker] = {}
+        self._worker_of: dict[str, Worker] = {}
+        for name, operations in self.broker.connections.items():
+            worker = Worker(
+                f"{self.broker.broker_name}-{self.masked_id}-{name}",
+                self._backend_maker(name),
+                self.windows,
+                self.broker.costs,
+                self,
+                queue_size=settings.queue_size,
+                hard_limit=settings.hard_limit,
+                connect_timeout=settings.connect_timeout,
+            )
+            self.workers[name] = worker
+            self._worker_of |= dict.fromkeys(operations, worker)
+        self._cash_takes_currency = "currency" in inspect.signature(broker_class.cash).parameters
+        self._placing: dict[str, Placement] = {}
+        self._placing_lock = threading.Lock()
+        self.settlement = Settlement(self, journal)
+        self._draining = False
+        self._drain_until = float("inf")
+
+    def _backend_maker(self, connection: str) -> Callable[[Link], Backend]:
+        settings = self.settings
+
+        def make(link: Link) -> Backend:
+            self.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if settings.where == "process":
+                return ChildBroker(self.broker, connection, self.data_dir, link, settings.python)
+            return LocalBroker(self.broker, connection, self.data_dir, link)
+
+        return make
+
+    # --- life ---------------------------------------------------------------------------------
+    def start(self) -> None:
+        self.settlement.start()
+        for worker in self.workers.values():
+            worker.start()
+
+    def check(self) -> None:
+        for worker in self.workers.values():
+            worker.check()
+
+    def drain(self, seconds: float) -> None:
+        """Answers what is queued at once, and what is running after at most so many seconds."""
+        self._drain_until = time.monotonic() + seconds
+        self._draining = True
+        for worker in self.workers.values():
+            worker.drain()
+
+    def close(self, seconds: float) -> None:
+        self.settlement.stop()
+        end = time.monotonic() + seconds
+        self.drain(seconds)
+        for worker in self.workers.values():
+            worker.close(max(0.05, end - time.monotonic()))
+
+    def state(self) -> InstanceState:
+        unsettled = self._journal.unsettled(self.id)
+        broker_class = type(self.broker)
+        combinations = self.broker.combinations
+        regions = self.broker.quote_regions
+        return InstanceState(
+            connections=tuple(
+                ConnectionState(name, worker.state, worker.queued())
+                for name, worker in self.workers.items()
+            ),
+            windows=self.windows.state(),
+            operations=tuple(
+                operation
+                for operation in (*READS, "place_order", "cancel_order")
+                if offers(broker_class, operation)
+            ),
+            combinations=None if combinations is None else tuple(sorted(combinations, key=str)),
+            quote_regions=None if regions is None else tuple(sorted(regions)),
+            unsettled=len(unsettled),
+            oldest_unsettled=unsettled[0].created if unsettled else None,
+        )
+
+    # --- reads --------------------------------------------------------------------------------
+    def ping(self, deadline: float, *, fresh: bool = False) -> bool:
+        """False when there is no connection, or the broker itself says it is not well."""
+        try:
+            return bool(self._read("ping", deadline, fresh=fresh))
+        except BrokerUnavailable:
+            return False
+
+    def quote(self, contract: Contract, deadline: float, *, fresh: bool = False) -> Quote:
+        self.broker.check_contract(contract)
+        found: Quote = self._read("quote", deadline, fresh=fresh, contract=contract)
+        return found
+
+    def market_status(
+        self, deadline: float, *, fresh: bool = False
+    ) -> dict[str, dict[str, MarketStatus]]:
+        """Trade type in lower case → region → state."""
+        found: Mapping[Any, Any] = self._read("market_status", deadline, fresh=fresh)
+        return {
+            getattr(kind, "name", str(kind)).lower(): dict(states)
+            for kind, states in found.items()
+            if isinstance(states, Mapping)
+        }
+
+    def cash(self, currency: str | None, deadline: float, *, fresh: bool = False) -> Cash:
+        if self._cash_takes_currency:
+            wanted = {"currency": currency or "USD"}
+        else:
+            wanted = {}
+        found: Cash = self._read("cash", deadline, fresh=fresh, **wanted)
+        if currency is not None and found.currency != currency:
+            raise Unsupported(f"{self.broker.broker_display} tells cash in {found.currency} only")
+        return found
+
+    def positions(
+        self, deadline: float, *, region: str | None, ticker: str | None, fresh: bool = False
+    ) -> list[Position]:
+        found: list[Position] = self._read("positions", deadline, fresh=fresh)
+        return [
+            position
+            for position in found
+            if (region is None or position.contract.region == region)
+            and (ticker is None or position.contract.ticker == ticker)
+        ]
+
+    def _read(
+        self, operation: str, deadline: float, *, fresh: bool = False, **arguments: Any
+    ) -> Any:
+        key: Hashable = (operation, *sorted(arguments.items()))
+        if not fresh:
+            known, value = self._reads.answer(operation, key)
+            if known:
+                return value
+        worker = self._worker(operation)
+        shared = self._reads.join(
+            operation, key, fresh, lambda: worker.submit(Call(operation, arguments, deadline))
+        )
+        call = shared.call
+        call.deadline = max(call.deadline, deadline)
+        try:
+            return self._wait(call, deadline)
+        except FutureTimeout:
+            if call.done():
+                raise  # the SDK's own, not ours
+        if self._reads.leave(shared):
+            withdrawn = worker.withdraw(call)
+            if withdrawn:
+                call.set_exception(not_sent_in_time())
+        raise worker.unavailable() or TimedOut(
+            f"{self.broker.broker_display} did not answer before the deadline."
+        )
+
+    def _worker(self, operation: str) -> Worker:
+        if not offers(type(self.broker), operation):
+            raise Unsupported(f"{self.broker.broker_display} does not offer {operation}")
+        worker = self._worker_of.get(operation)
+        if worker is None:
+            raise Unsupported(f"{self.broker.broker_display} does not offer {operation}")
+        worker.start()
+        return worker
+
+    def _wait(self, future: Future[Any], deadline: float) -> Any:
+        """The result by the deadline, or by the end of the drain when the service is stopping."""
+        while True:
+            until = deadline + ANSWER_GRACE
+            if self._draining:
+                until = min(until, self._drain_until)
+            left = until - time.monotonic()
+            try:
+                # In steps, so that a drain that begins meanwhile is noticed.
+                return future.result(timeout=max(0.0, min(left, 0.5)))
+            except FutureTimeout:
+                if future.done() or left <= 0.5:
+                    raise
+
+    # --- placing ------------------------------------------------------------------------------
+    def place(self, request: OrderRequest, client_order_id: str | None, deadline: float) -> Placed:
+        """Sends an order at most once per client order id; see the journal for its states."""
+        key = client_order_id or new_client_order_id()
+        self._check_allowed(request, deadline)
+        price = None if request.price is None else float(request.price)
+        self.broker.check_order(
+            request.contract,
+            request.order_type,
+            request.time_in_force,
+            request.lifecycle,
+            request.direction,
+            request.qty,
+            price,
+        )
+        try:
+            return self._place(request, key, deadline)
+        except HttpTradingError as error:
+            error.client_order_id = key
+            raise
+
+    def _place(self, request: OrderRequest, key: str, deadline: float) -> Placed:
+        while True:
+            with self._placing_lock:
+                placement = self._placing.get(key)
+                mine = placement is None
+                if placement is None:
+                    placement = self._placing[key] = Placement(request)
+            if placement.request != request:
+                raise _conflict(key)
+            if not mine:
+                return self._await_placement(placement, key, deadline, replayed=True)
+            try:
+                known = self._journal.by_client_order_id(self.id, key)
+                if known is not None:
+                    if not known.same_content(request):
+                        raise _conflict(key)
+                    if known.state in (PLACED, SEEN):
+                        return self._release(key, placement, known)
+                    if known.state == REFUSED:
+                        raise _replayed(Rejected(known.order.error_reason))
+                if known is None or known.state == NOT_PLACED:
+                    self._send(request, key, known.attempt + 1 if known else 1, placement, deadline)
+                    return self._await_placement(placement, key, deadline, replayed=False)
+            except BaseException as error:
+                self._give_back(key, placement, error)
+                raise
+            # Sent earlier with an outcome that is not known yet: never again before it is settled.
+            self._give_back(key, placement, _unknown(key))
+            if not self.settlement.wait_for(known.row_id, deadline):
+                raise _unknown(key)
+
+    def _release(self, key: str, placement: Placement, known: JournalOrder) -> Placed:
+        self._forget(key, placement)
+        placement.set_result(known.order_id)
+        return Placed(known.order_id, key, known.created, replayed=True)
+
+    def _forget(self, key: str, placement: Placement) -> None:
+        with self._placing_lock:
+            if self._placing.get(key) is placement:
+                del self._placing[key]
+
+    def _give_back(self, key: str, placement: Placement, error: BaseException) -> None:
+        """Ends a placement whose call never ran (or has ended)."""
+        call = placement.call
+        if call is None or call.done():
+            self._forget(key, placement)
+            if not placement.done():
+                placement.set_exception(error)
+
+    def _send(
+        self,
+        request: OrderRequest,
+        key: str,
+        attempt: int,
+        placement: Placement,
+        deadline: float,
+    ) -> None:
+        mark = self._journal.mark(self.id, key, attempt)
+        rows: list[int] = []
+
+        def begin() -> None:
+            row_id = self._journal.begin(self.id, key, attempt, request)
+            rows.append(row_id)
+            self.settlement.call_began(row_id)
+            self._reads.stale()
+
+        def finish(order_id: Any, error: HttpTradingError | None) -> None:
+            self._finish_place(rows, order_id, error)
+
+        arguments = {
+            "contract": request.contract,
+            "order_type": request.order_type,
+            "time_in_force": request.time_in_force,
+            "lifecycle": request.lifecycle,
+            "direction": request.direction,
+            "qty": request.qty,
+            "price": None if request.price is None else float(request.price),
+            "client_order_id": key,
+            "mark": mark,
+        }
+        call = Call("place_order", arguments, deadline, begin=begin, finish=finish)
+        self._worker("place_order").submit(call)
+        placement.call = call
+        call.add_done_callback(lambda call: self._placement_ended(key, placement, call))
+
+    def _finish_place(self, rows: list[int], order_id: Any, error: HttpTradingError | None) -> None:
+        """Writes what became of a sent order; on the worker, before anybody is answered."""
+        self._reads.stale()
+        if not rows:
+            return  # the journal could not be written, so nothing was sent
+        row_id = rows[0]
+        try:
+            if error is None and order_id not in (None, "", 0, "0"):
+                self._journal.placed(row_id, str(order_id))
+            elif isinstance(error, Rejected):
+                self._journal.refused(row_id, error.text)
+            elif isinstance(error, _NOTHING_SENT):
+                self._journal.not_placed(row_id, error.text)
+            else:
+                self._journal.unknown(row_id)
+        finally:
+            self.settlement.call_ended(row_id)
+
+    def _placement_ended(self, key: str, placement: Placement, call: Future[Any]) -> None:
+        self._forget(key, placement)
+        error = call.exception()
+        if error is not None:
+            placement.set_exception(error)
+        elif call.result() in (None, "", 0, "0"):
+            placement.set_exception(OutcomeUnknown("The broker answered without an order id"))
+        else:
+            placement.set_result(str(call.result()))
+
+    def _await_placement(
+        self, placement: Placement, key: str, deadline: float, *, replayed: bool
+    ) -> Placed:
+        try:
+            order_id = self._wait(placement, deadline)
+        except FutureTimeout:
+            call = placement.call
+            worker = self._worker("place_order")
+            if not replayed and call is not None and worker.withdraw(call):
+                error = worker.unavailable() or not_sent_in_time()
+                call.set_exception(error)
+                raise error from None
+            raise _unknown(key) from None
+        except HttpTradingError as error:
+            if error.outcome == "unknown" or error.code == "INTERNAL":
+                raise _unknown(key) from None
+            raise (_replayed(error) if replayed else error) from None
+        return Placed(order_id, key, datetime.now(UTC), replayed)
+
+    def _check_allowed(self, request: OrderRequest, deadline: float) -> None:
+        """The instance's own switches: `read_only` and `max_order_value`."""
+        self._check_writable()
+        currency = CURRENCIES.get(request.contract.region, "")
+        largest = self.settings.largest_order(currency)
+        if largest is None:
+            return
+        price = request.price
+        if price is None:
+            try:
+                price = _decimal(self.quote(request.contract, deadline).latest)
+            except HttpTradingError:
+                raise Unsupported(
+                    "max_order_value is set for this instance, and there is no quote to value a "
+                    "market order with. Use a limit order."
+                ) from None
+        value = price * request.qty
+        if value > largest:
+            raise Unsupported(
+                f"The order is worth about {value:f} {currency}, more than max_order_value "
+                f"({largest:f} {currency}) allows on this instance."
+            )
+
+    def _check_writable(self) -> None:
+        if self.settings.read_only:
+            raise Unsupported(
+                "This instance is configured read_only: it neither places nor cancels."
+            )
+
+    # --- cancelling ---------------------------------------------------------------------------
+    def cancel(self, order_id: str | None, client_order_id: str | None, deadline: float) -> None:
+        """Asks the broker to cancel; returns when the broker has taken the request."""
+        self._check_writable()
+        row = self._row(order_id, client_order_id)
+        if row is not None:
+            order_id = self._order_id_of(row)
+            if not row.is_open:
+                raise Rejected(f"The order is {_final_word(row.order)}; nothing is left to cancel.")
+        assert order_id is not None
+        call = Call(
+            "cancel_order",
+            {"order_id": order_id},
+            deadline,
+            begin=self._reads.stale,
+            finish=lambda result, error: self._reads.stale(),
+        )
+        worker = self._worker("cancel_order")
+        worker.submit(call)
+        try:
+            self._wait(call, deadline)
+        except FutureTimeout:
+            if worker.withdraw(call):
+                raise worker.unavailable() or not_sent_in_time() from None
+            raise _cancel_unknown() from None
+        except HttpTradingError as error:
+            if error.outcome == "unknown" or error.code == "INTERNAL":
+                raise _cancel_unknown() from None
+            raise
+
+    def cancel_all(self, deadline: float) -> list[tuple[str, HttpTradingError | None]]:
+        """Cancels every open order; each order id with None or why it was not cancelled."""
+        self._check_writable()
+        answers: list[tuple[str, HttpTradingError | None]] = []
+        for row in self.orders(open_=True, since=None, limit=1000, deadline=deadline, fresh=True):
+            if row.order.is_pending_cancel:
+                answers.append((row.order_id, None))
+                continue
+            try:
+                self.cancel(row.order_id, None, deadline)
+                answers.append((row.order_id, None))
+            except HttpTradingError as error:
+                answers.append((row.order_id, error))
+        return answers
+
+    # --- orders -------------------------------------------------------------------------------
+    def order(
+        self,
+        order_id: str | None,
+        client_order_id: str | None,
+        deadline: float,
+        *,
+        fresh: bool = False,
+    ) -> Order:
+        """From the broker where it still knows the order, else from the journal."""
+        row = self._row(order_id, client_order_id)
+        if row is not None and row.state == REFUSED:
+            return row.order
+        if row is not None:
+            order_id = self._order_id_of(row)
+            if not row.is_open:
+                return row.order  # final is final
+        try:
+            found = self._read("order", deadline, fresh=fresh, order_id=order_id)
+        except (OrderNotFound, Unsupported):
+            if row is None:
+                raise
+            return row.order
+        report = found if isinstance(found, OrderReport) else OrderReport(found)
+        recorded = self._record([report])
+        return recorded[0].order if recorded else report.order
+
+    def orders(
+        self,
+        *,
+        open_: bool | None,
+        since: datetime | None,
+        limit: int,
+        deadline: float,
+        fresh: bool = False,
+    ) -> list[JournalOrder]:
+        """The account's orders, newest first: the broker's list joined to the journal."""
+        if offers(type(self.broker), "recent_orders"):
+            self._record(self._read("recent_orders", deadline, fresh=fresh))
+        return self._journal.orders(self.id, open_=open_, since=since, limit=limit)
+
+    def fills(self, order_id: str, deadline: float, *, fresh: bool = False) -> list[Fill]:
+        """An order's executions, oldest first: the broker's joined to the journal's."""
+        row = self._journal.by_order_id(self.id, order_id)
+        known = self._journal.fills(self.id, order_id)
+        filled = sum((_decimal(fill.qty) for fill in known), Decimal(0))
+        if row is not None and not row.is_open and filled == row.order.filled_qty:
+            return known
+        try:
+            found: list[Fill] = self._read("fills", deadline, fresh=fresh, order_id=order_id)
+        except (OrderNotFound, Unsupported):
+            if row is None and not known:
+                raise
+            return known
+        self._journal.record_fills(self.id, found)
+        if row is None and not found:
+            self.order(order_id, None, deadline)  # OrderNotFound for an id nobody knows
+        return self._journal.fills(self.id, order_id)
+
+    def list_recent(self, deadline: float) -> list[OrderReport]:
+        """A complete listing from the broker, begun now; for settlement."""
+        found: list[OrderReport] = self._read("recent_orders", deadline, fresh=True)
+        return found
+
+    def _row(self, order_id: str | None, client_order_id: str | None) -> JournalOrder | None:
+        if client_order_id is None:
+            assert order_id is not None
+            try:
+                return self._journal.by_order_id(self.id, order_id)
+            except Busy:
+                return None  # reads and cancels go on without a journal
+        row = self._journal.by_client_order_id(self.id, client_order_id)
+        if row is None:
+            raise OrderNotFound(f"No order was sent under clientOrderId {client_order_id}.")
+        return row
+
+    def _order_id_of(self, row: JournalOrder) -> str:
+        """Raises when the row has no order at the broker, or not one that is known yet."""
+        if row.state in UNSETTLED:
+            raise _unknown(row.client_order_id or "")
+        if row.state == NOT_PLACED:
+            raise OrderNotFound(
+                f"The order was not placed; clientOrderId {row.client_order_id} may be used again."
+            )
+        if row.state == REFUSED:
+            raise OrderNotFound(f"The broker refused the order: {row.order.error_reason}")
+        return row.order_id
+
+    def _record(self, reports: list[OrderReport]) -> list[JournalOrder]:
+        try:
+            return self._journal.record(self.id, reports)
+        except Busy:
+            return []  # the broker's answer is worth more than its record
+
+    # --- what the workers tell (Listener) -------------------------------------------------------
+    def on_reports(self, reports: Iterable[OrderReport]) -> None:
+        self._reads.stale()
+        self._recorder.reports(self.id, tuple(reports), self.settlement.news)
+
+    def on_fills(self, fills: Iterable[Fill]) -> None:
+        self._reads.stale()
+        self._recorder.fills(self.id, tuple(fills))
+
+    def on_stale(self) -> None:
+        self._reads.stale()
+
+    def on_connected(self, worker: Worker) -> None:
+        self._reads.stale()
+        if worker is self._worker_of.get("recent_orders"):
+            self.settlement.connected()
+
+
+def new_client_order_id() -> str:
+    """Made by the gateway for a client that gives none."""
+    return secrets.token_hex(12)
+
+
+def offers(broker_class: type, operation: str) -> bool:
+    """Whether a broker has an operation of its own (`ping` is always there)."""
+    method = getattr(broker_class, operation, None)
+    inherited = method is getattr(BaseBroker, operation)
+    return method is not None and (operation == "ping" or not inherited)
+
+
+def _decimal(number: Any) -> Decimal:
+    return number if isinstance(number, Decimal) else Decimal(repr(number))
+
+
+def _final_word(order: Order) -> str:
+    if order.is_filled:
+        return "filled"
+    return "already cancelled" if order.is_canceled else f"failed ({order.error_reason})"
+
+
+def _conflict(key: str) -> IdempotencyConflict:
+    return IdempotencyConflict(
+        f"clientOrderId {key} names an order with other content; nothing was sent. "
+        "Use a new clientOrderId for a new order."
+    )
+
+
+def _unknown(key: str) -> OutcomeUnknown:
+    error = OutcomeUnknown(
+        "The order was sent, but its outcome is not known yet. Do not send it under another "
+        f"clientOrderId: ask order/state?clientOrderId={key}, or repeat the same request."
+    )
+    error.client_order_id = key
+    return error
+
+
+def _cancel_unknown() -> OutcomeUnknown:
+    return OutcomeUnknown(
+        "The cancellation was sent, but no clear answer came. Ask order/state what became of it."
+    )
+
+
+def _replayed(error: HttpTradingError) -> HttpTradingError:
+    error.replayed = True
+    return error

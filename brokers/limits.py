@@ -1,0 +1,160 @@
+"""Sliding rate windows of one account: what the broker forbids never reaches it.
+
+A slot is taken when a call begins and is logged when the call has *ended*: the broker sees the
+request some time between the two, so this way it never counts one more than it allows, however
+slow the network is. The log is our own ten lines: the well-kept libraries (limits, pyrate-limiter)
+stamp a call when it begins, cannot hold a slot for a running call, and do not tell how long a call
+would wait behind those already queued, which a true `Retry-After` needs.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from httptrading.brokers.base import Window
+from httptrading.errors import RateLimited
+
+
+class _Slots:
+    """One window: when its logged calls ended, the running calls, and those waiting for a slot."""
+
+    def __init__(self, window: Window) -> None:
+        self.window = window
+        self.running = 0
+        self.queued = 0
+        self.queued_cancels = 0
+        self._ends: deque[float] = deque(maxlen=window.limit)
+
+    def wait(self, ahead: int, *, cancel: bool) -> float:
+        """Seconds until one more call may begin after `ahead` others."""
+        now = time.monotonic()
+        window = self.window
+        self._forget(now)
+        wait = 0.0
+        if window.gap and self._ends:
+            wait = self._ends[-1] + window.gap * (ahead + 1) - now
+        if window.gap and self.running:
+            wait = max(wait, window.gap)
+        needed = self.running + ahead + 1 + (0 if cancel else window.kept)
+        free = window.limit - len(self._ends)
+        if needed > free:
+            # The slot is free when the call that many places back in the log has left the window.
+            rounds, index = divmod(needed - free - 1, window.limit)
+            end = self._ends[index] if index < len(self._ends) else now
+            wait = max(wait, end + window.seconds * (rounds + 1) - now)
+        return wait
+
+    def end(self) -> None:
+        self.running -= 1
+        self._ends.append(time.monotonic())
+
+    def left(self) -> int:
+        self._forget(time.monotonic())
+        return max(0, self.window.limit - len(self._ends) - self.running)
+
+    def _forget(self, now: float) -> None:
+        while self._ends and self._ends[0] + self.window.seconds <= now:
+            self._ends.popleft()
+
+
+@dataclass(frozen=True)
+class WindowState:
+    """What is left of a window, for people and metrics."""
+
+    limit: int
+    seconds: float
+    left: int
+
+
+class Windows:
+    """All windows of one account; safe from any thread.
+
+    A call is admitted (queued), begun and ended, or withdrawn before it began.
+    """
+
+    def __init__(self, declared: Mapping[str, Window]) -> None:
+        self._lock = threading.Lock()
+        self._slots = {name: _Slots(window) for name, window in declared.items()}
+
+    def admit(self, costs: Iterable[str], *, cancel: bool, patience: float) -> None:
+        """Queues a call; RateLimited when its slots come free only after `patience` seconds."""
+        slots = [self._slots[name] for name in costs]
+        with self._lock:
+            wait = max(
+                (
+                    slot.wait(slot.queued_cancels if cancel else slot.queued, cancel=cancel)
+                    for slot in slots
+                ),
+                default=0.0,
+            )
+            if wait > patience:
+                raise _too_often(wait)
+            for slot in slots:
+                slot.queued += 1
+                slot.queued_cancels += cancel
+
+    def begin(self, costs: Iterable[str], *, cancel: bool) -> float:
+        """Takes the slots of a queued call; 0 when it may run now, else the seconds to wait."""
+        slots = [self._slots[name] for name in costs]
+        with self._lock:
+            wait = max((slot.wait(0, cancel=cancel) for slot in slots), default=0.0)
+            if wait > 0:
+                return wait
+            for slot in slots:
+                slot.queued -= 1
+                slot.queued_cancels -= cancel
+                slot.running += 1
+            return 0.0
+
+    def withdraw(self, costs: Iterable[str], *, cancel: bool) -> None:
+        """A queued call will never run."""
+        with self._lock:
+            for name in costs:
+                self._slots[name].queued -= 1
+                self._slots[name].queued_cancels -= cancel
+
+    def end(self, costs: Iterable[str]) -> None:
+        """A call that had begun has ended."""
+        with self._lock:
+            for name in costs:
+                self._slots[name].end()
+
+    def take(self, name: str) -> None:
+        """A slot for one call outside the queue; RateLimited when there is none right now."""
+        with self._lock:
+            slot = self._slots[name]
+            wait = slot.wait(0, cancel=False)
+            if wait > 0:
+                raise _too_often(wait)
+            slot.running += 1
+            slot.end()
+
+    def state(self) -> dict[str, WindowState]:
+        with self._lock:
+            return {
+                name: WindowState(slot.window.limit, slot.window.seconds, slot.left())
+                for name, slot in self._slots.items()
+            }
+
+
+def _too_often(wait: float) -> RateLimited:
+    seconds = max(1, math.ceil(wait))
+    return RateLimited(
+        f"The broker's rate limit is used up; nothing was sent. Try again in {seconds} s.",
+        retry_after=wait,
+    )
+
+
+_accounts: dict[str, Windows] = {}
+_accounts_lock = threading.Lock()
+
+
+def account_windows(account_key: str, declared: Mapping[str, Window]) -> Windows:
+    """The windows of an account, shared by every instance with the same credentials."""
+    with _accounts_lock:
+        return _accounts.setdefault(account_key, Windows(declared))

@@ -1,0 +1,122 @@
+"""One copy of a broker, run in the thread (or child process) that owns it.
+
+Everything a broker raises is translated here, at the border, to the error tree. The text of an
+unexpected exception goes nowhere, not even to the log: some SDKs put signed requests there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from httptrading.brokers.base import CHANGES, BaseBroker, Link, run_operation
+from httptrading.errors import (
+    BrokerUnavailable,
+    HttpTradingError,
+    InternalError,
+    OutcomeUnknown,
+    TimedOut,
+    Unsupported,
+)
+
+log = logging.getLogger("httptrading.broker")
+
+
+class LocalBroker:
+    """A copy of the prototype with its connection."""
+
+    def __init__(
+        self, prototype: BaseBroker, connection: str, data_dir: Path, link: Link | None
+    ) -> None:
+        self._broker = copy.copy(prototype)
+        self._broker.connection = connection
+        self._broker.data_dir = data_dir
+        self._broker._link = link
+
+    async def open(self, seconds: float) -> None:
+        """Connects; BrokerUnavailable with a sentence when that fails."""
+        broker = self._broker
+        try:
+            async with asyncio.timeout(seconds):
+                await run_operation(broker.connect)
+        except HttpTradingError:
+            raise
+        except ImportError as error:
+            _log_unexpected(broker, "connect", error)
+            wanted = f": pip install '{broker.sdk}'" if broker.sdk else ""
+            raise BrokerUnavailable(
+                f"The SDK of {broker.broker_display} is not installed or cannot be imported{wanted}"
+            ) from None
+        except TimeoutError:
+            raise BrokerUnavailable(
+                f"Connecting to {broker.broker_display} took longer than {seconds:g} s"
+            ) from None
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # longport raises plain BaseException for bad numbers
+            _log_unexpected(broker, "connect", error)
+            raise BrokerUnavailable(
+                f"Connecting to {broker.broker_display} failed ({type(error).__name__}); "
+                "the log has the place"
+            ) from None
+
+    async def run(self, operation: str, arguments: Mapping[str, Any], seconds: float) -> Any:
+        """Runs one operation; an `async def` one is cancelled after `seconds`."""
+        broker = self._broker
+        changes = operation in CHANGES
+        try:
+            async with asyncio.timeout(seconds):
+                return await run_operation(getattr(broker, operation), **arguments)
+        except HttpTradingError:
+            raise
+        except NotImplementedError:
+            raise Unsupported(f"{broker.broker_display} does not offer {operation}") from None
+        except TimeoutError:
+            if changes:
+                raise _unknown(broker) from None
+            raise TimedOut(f"{broker.broker_display} did not answer in time") from None
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            _log_unexpected(broker, operation, error)
+            if changes:
+                raise _unknown(broker) from None
+            raise InternalError(
+                f"Reading from {broker.broker_display} failed unexpectedly; the log has the place"
+            ) from None
+
+    async def close(self) -> None:
+        try:
+            await run_operation(self._broker.close)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            _log_unexpected(self._broker, "close", error)
+
+    def interrupt(self) -> None:
+        """Helps a stuck call to end; from another thread."""
+        try:
+            self._broker.abort()
+        except Exception as error:
+            _log_unexpected(self._broker, "abort", error)
+
+
+def _unknown(broker: BaseBroker) -> OutcomeUnknown:
+    return OutcomeUnknown(f"Sent to {broker.broker_display}, but no clear answer came back")
+
+
+def _log_unexpected(broker: BaseBroker, operation: str, error: BaseException) -> None:
+    """The exception's class and the lines it came through; never its text."""
+    lines = "".join(traceback.format_tb(error.__traceback__))
+    log.error(
+        "unexpected %s from %s.%s\n%s",
+        type(error).__name__,
+        broker.broker_name,
+        operation,
+        lines,
+    )

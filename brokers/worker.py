@@ -1,0 +1,562 @@
+"""Workers: a bounded queue in front of the one thread that owns a broker connection.
+
+    request thread ── submit ──▶ queue ──▶ lane (thread with an asyncio loop) ── broker
+          ▲                                  │
+          └──────── Call.result ◀────────────┘
+
+A *call* is a Future with an operation, a deadline and a priority. `Worker.withdraw()` succeeding
+is the proof that nothing was sent. A *lane* is one life of the connection: its thread connects,
+runs one call at a time, reconnects with growing pauses, and closes. A lane stuck beyond its limit
+is abandoned for a fresh one; its late result still reaches the call's `finish`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import itertools
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from httptrading.brokers.base import Link
+from httptrading.brokers.limits import Windows
+from httptrading.errors import (
+    BrokerUnavailable,
+    Busy,
+    HttpTradingError,
+    InternalError,
+    OutcomeUnknown,
+    TimedOut,
+)
+from httptrading.model import Contract, Fill, OrderReport, Quote
+
+log = logging.getLogger("httptrading.worker")
+
+BACK_OFF = (0.5, 1.0, 2.0, 3.0)
+"""Pauses between attempts to connect, in seconds: short enough to be back within 5 s."""
+
+STEADY = 5.0
+"""Seconds a connection must have lived for its loss to be answered by an attempt at once."""
+
+REPLACE_GRACE = 0.25
+"""Seconds a call may run past its limit before its lane is given up."""
+
+MOST_ABANDONED = 8
+"""Stuck threads per worker; beyond, no more are made until one of them ends."""
+
+PRIORITIES = {"cancel_order": 0, "place_order": 1, "recent_orders": 2}
+"""Cancels go ahead of places, places ahead of reads (3)."""
+
+
+class Backend(Protocol):
+    """What a lane runs its calls on: a broker in this thread, or one in a child process."""
+
+    async def open(self, seconds: float) -> None: ...
+
+    async def run(self, operation: str, arguments: Mapping[str, Any], seconds: float) -> Any: ...
+
+    async def close(self) -> None: ...
+
+    def interrupt(self) -> None: ...
+
+
+class Listener(Protocol):
+    """Whom a worker tells what it learns; called from any thread, must not wait."""
+
+    def on_reports(self, reports: Iterable[OrderReport]) -> None: ...
+
+    def on_fills(self, fills: Iterable[Fill]) -> None: ...
+
+    def on_stale(self) -> None: ...
+
+    def on_connected(self, worker: Worker) -> None: ...
+
+    def quote_of(self, instance_id: str, contract: Contract) -> Quote: ...
+
+
+class Call(Future[Any]):
+    """One operation to run. `deadline` is in `time.monotonic()` seconds."""
+
+    def __init__(
+        self,
+        operation: str,
+        arguments: Mapping[str, Any],
+        deadline: float,
+        *,
+        costs: tuple[str, ...] = (),
+        begin: Callable[[], None] | None = None,
+        finish: Callable[[Any, HttpTradingError | None], None] | None = None,
+    ) -> None:
+        """`begin` runs on the lane right before the operation and vetoes it by raising; `finish`
+        runs on the lane with the result or the error, however late, before any waiter wakes."""
+        super().__init__()
+        self.operation = operation
+        self.arguments = arguments
+        self.deadline = deadline
+        self.costs = costs
+        self.priority = PRIORITIES.get(operation, 3)
+        self.begin = begin
+        self.finish = finish
+        self.began: float | None = None  # when the lane took it up, monotonic
+
+    @property
+    def is_cancel(self) -> bool:
+        return self.operation == "cancel_order"
+
+
+@dataclass
+class WorkerState:
+    """For people and metrics; times are `time.time()` seconds."""
+
+    connected: bool = False
+    since: float = field(default_factory=time.time)
+    last_error: str = ""
+    reconnects: int = 0
+    replacements: int = 0
+
+
+class Worker:
+    """The queue of one broker connection, and the lane that serves it."""
+
+    def __init__(
+        self,
+        name: str,
+        make_backend: Callable[[Link], Backend],
+        windows: Windows,
+        costs: Mapping[str, tuple[str, ...]],
+        listener: Listener,
+        *,
+        queue_size: int,
+        hard_limit: float,
+        connect_timeout: float,
+    ) -> None:
+        self.name = name
+        self.state = WorkerState()
+        self._make_backend = make_backend
+        self._windows = windows
+        self._costs = costs
+        self._listener = listener
+        self._queue_size = queue_size
+        self._hard_limit = hard_limit
+        self._connect_timeout = connect_timeout
+        self._lock = threading.Lock()
+        self._queue: list[tuple[int, int, Call]] = []
+        self._numbers = itertools.count()
+        self._lane: _Lane | None = None
+        self._abandoned: list[_Lane] = []
+        self._closing = False
+        self._pausing = False  # an attempt to connect has failed, the next is due at:
+        self._retry_at = 0.0
+
+    # --- for request threads ----------------------------------------------------------------
+    def submit(self, call: Call) -> Call:
+        """Queues a call; Busy, RateLimited or BrokerUnavailable at once when it cannot be served.
+
+        A call that would only find a connection that has just failed is refused at once; while the
+        first connection is being made, it waits within its deadline.
+        """
+        now = time.monotonic()
+        call.costs = self._costs.get(call.operation, ())
+        with self._lock:
+            if self._closing:
+                raise Busy("The service is shutting down; nothing was sent.", retry_after=5)
+            lane = self._lane
+            if self._pausing and call.operation != "ping":
+                raise self._unavailable(now)
+            if len(self._queue) >= self._queue_size:
+                raise Busy("Too many requests are waiting; nothing was sent.", retry_after=1)
+            self._windows.admit(call.costs, cancel=call.is_cancel, patience=call.deadline - now)
+            bisect.insort(self._queue, (call.priority, next(self._numbers), call))
+        if lane is not None:
+            lane.wake(at_once=call.operation == "ping")
+        return call
+
+    def withdraw(self, call: Call) -> bool:
+        """Takes a call out of the queue. True: it never ran and never will; nothing was sent."""
+        with self._lock:
+            for entry in self._queue:
+                if entry[2] is call:
+                    self._queue.remove(entry)
+                    self._windows.withdraw(call.costs, cancel=call.is_cancel)
+                    return True
+        return False
+
+    def unavailable(self) -> BrokerUnavailable | None:
+        """Why nothing could be sent, when there is no connection."""
+        with self._lock:
+            return None if self.state.connected else self._unavailable(time.monotonic())
+
+    def queued(self) -> int:
+        return len(self._queue)
+
+    def running(self) -> Call | None:
+        lane = self._lane
+        return lane.current if lane else None
+
+    def _unavailable(self, now: float) -> BrokerUnavailable:
+        why = self.state.last_error or "The connection to the broker is being made"
+        return BrokerUnavailable(
+            f"{why}; nothing was sent.", retry_after=max(0.5, self._retry_at - now)
+        )
+
+    # --- life ---------------------------------------------------------------------------------
+    def start(self) -> None:
+        with self._lock:
+            if self._lane is None and not self._closing:
+                self._new_lane()
+
+    def drain(self) -> None:
+        """Takes no new calls and answers the queued ones at once."""
+        with self._lock:
+            self._closing = True
+            waiting = [call for _, _, call in self._queue]
+            self._queue.clear()
+        for call in waiting:
+            self._windows.withdraw(call.costs, cancel=call.is_cancel)
+            call.set_exception(
+                Busy("The service is shutting down; nothing was sent.", retry_after=5)
+            )
+
+    def close(self, seconds: float) -> None:
+        """Drains, closes the connection, and gives up on what has not ended in time."""
+        self.drain()
+        lane = self._lane
+        if lane is None:
+            return
+        lane.stop()
+        lane.join(seconds)
+        if lane.is_alive():
+            lane.give_up()
+            log.warning("worker %s: still busy at exit", self.name)
+
+    def check(self) -> None:
+        """Replaces a stuck lane. Called a few times a second by the supervisor."""
+        now = time.monotonic()
+        with self._lock:
+            self._abandoned = [lane for lane in self._abandoned if lane.is_alive()]
+            lane = self._lane
+            if lane is None or self._closing:
+                return
+            reason = lane.stuck(now)
+            if not reason or len(self._abandoned) >= MOST_ABANDONED:
+                return
+            self.state.replacements += 1
+            self._disconnected_locked(reason)
+            self._abandoned.append(lane)
+            self._new_lane(_pause(len(self._abandoned) - 1))
+        log.warning("worker %s: %s; replaced", self.name, reason)
+        lane.give_up()
+
+    def _new_lane(self, pause: float = 0.0) -> None:
+        self._pausing = pause > 0
+        self._retry_at = time.monotonic() + pause
+        self._lane = _Lane(self, pause)
+        self._lane.start()
+
+    # --- for the lane -------------------------------------------------------------------------
+    def next_call(self, lane: _Lane) -> tuple[Call | None, float | None]:
+        """The call to run now; else the seconds until one may run, or None when none waits."""
+        wait: float | None = None
+        expired: list[Call] = []
+        found: Call | None = None
+        with self._lock:
+            if lane is not self._lane:
+                return None, None
+            now = time.monotonic()
+            for entry in list(self._queue):
+                call = entry[2]
+                if call.deadline <= now:
+                    self._queue.remove(entry)
+                    self._windows.withdraw(call.costs, cancel=call.is_cancel)
+                    expired.append(call)
+                    continue
+                pause = self._windows.begin(call.costs, cancel=call.is_cancel)
+                if pause <= 0:
+                    self._queue.remove(entry)
+                    found = call
+                    break
+                wait = pause if wait is None else min(wait, pause)
+        for call in expired:
+            call.set_exception(not_sent_in_time())
+        return found, wait
+
+    def ended(self, call: Call) -> None:
+        self._windows.end(call.costs)
+
+    def connecting(self, lane: _Lane) -> None:
+        with self._lock:
+            if lane is self._lane:
+                self._pausing = False
+
+    def connected(self, lane: _Lane) -> None:
+        with self._lock:
+            if lane is not self._lane:
+                return
+            self.state.connected = True
+            self.state.since = time.time()
+            self.state.last_error = ""
+        log.info("worker %s: connected", self.name)
+        self._listener.on_connected(self)
+
+    def disconnected(self, lane: _Lane, reason: str, pause: float) -> None:
+        """The connection was lost, or an attempt failed; the next one comes after `pause`."""
+        with self._lock:
+            if lane is not self._lane:
+                return
+            repeated = self.state.last_error == reason
+            self._pausing = pause > 0
+            self._retry_at = time.monotonic() + pause
+            self._disconnected_locked(reason)
+            refused = self._queue if self._pausing else []
+            self._queue = [] if self._pausing else self._queue
+            error = self._unavailable(time.monotonic())
+        if not repeated:
+            log.warning("worker %s: %s", self.name, reason)
+        self._listener.on_stale()
+        for _, _, call in refused:  # nobody waits for a broker that has just been found down
+            self._windows.withdraw(call.costs, cancel=call.is_cancel)
+            call.set_exception(error)
+
+    def _disconnected_locked(self, reason: str) -> None:
+        if self.state.connected:
+            self.state.reconnects += 1
+            self.state.since = time.time()
+        self.state.connected = False
+        self.state.last_error = reason
+
+
+def not_sent_in_time() -> TimedOut:
+    return TimedOut("The deadline passed before the broker could be asked; nothing was sent.")
+
+
+def _pause(attempt: int) -> float:
+    """None before the first attempt, then growing, with jitter."""
+    if attempt <= 0:
+        return 0.0
+    return BACK_OFF[min(attempt, len(BACK_OFF)) - 1] * random.uniform(0.7, 1.0)
+
+
+class _Lane(threading.Thread):
+    """One life of a worker's thread, with its loop and its backend."""
+
+    def __init__(self, worker: Worker, pause: float) -> None:
+        super().__init__(name=f"httptrading-{worker.name}", daemon=True)
+        self.current: Call | None = None
+        self._worker = worker
+        self._pause = pause
+        self._loop = asyncio.new_event_loop()
+        self._wake = asyncio.Event()
+        self._attempted = float("-inf")  # when the last attempt to connect began, monotonic
+        self._stopping = False
+        self._given_up = False
+        self._lost = ""
+        self._connecting_since: float | None = None
+        self._running_until: float | None = None  # when the running call is stuck, monotonic
+        self._wake_sent: float | None = None  # when the loop was asked to look at the queue
+        self._backend: Backend = worker._make_backend(_LaneLink(self, worker))
+
+    # --- from other threads -------------------------------------------------------------------
+    def wake(self, *, at_once: bool = False) -> None:
+        """Looks at the queue; `at_once` also ends a pause before the next attempt to connect."""
+        if self._wake_sent is None:
+            self._wake_sent = time.monotonic()
+        self._post(self._on_wake, at_once)
+
+    def stop(self) -> None:
+        self._post(self._on_stop)
+
+    def lose(self, reason: str) -> None:
+        self._post(self._on_lost, reason)
+
+    def give_up(self) -> None:
+        """Leaves the thread to itself: it runs no further call and ends when it can."""
+        self._given_up = True
+        self._post(self._on_stop)
+        threading.Thread(target=self._backend.interrupt, daemon=True).start()
+
+    def stuck(self, now: float) -> str:
+        """Why this lane must be replaced, or ""."""
+        if not self.is_alive():
+            return "The connection's thread ended"
+        if self._connecting_since is not None:
+            limit = self._worker._connect_timeout + REPLACE_GRACE
+            return "Connecting takes too long" if now > self._connecting_since + limit else ""
+        if self._running_until is not None:
+            return "The broker does not answer" if now > self._running_until else ""
+        if self._wake_sent is not None and now > self._wake_sent + self._worker._hard_limit:
+            return "The connection's thread is blocked"
+        return ""
+
+    def _post(self, function: Callable[..., None], *arguments: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:
+            pass  # the loop is closed: nothing waits for it any more
+
+    # --- on the loop --------------------------------------------------------------------------
+    def _on_wake(self, at_once: bool) -> None:
+        self._wake_sent = None
+        if at_once and time.monotonic() > self._attempted + BACK_OFF[0]:
+            self._pause = 0.0
+        self._wake.set()
+
+    def _on_stop(self) -> None:
+        self._stopping = True
+        self._wake.set()
+
+    def _on_lost(self, reason: str) -> None:
+        self._lost = self._lost or reason
+        self._wake.set()
+
+    def run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._live())
+        except BaseException:
+            log.exception("worker %s: the connection's thread failed", self._worker.name)
+        finally:
+            for task in asyncio.all_tasks(self._loop):
+                task.cancel()
+            self._loop.run_until_complete(asyncio.sleep(0))
+            self._loop.close()
+
+    async def _live(self) -> None:
+        attempt = 0
+        await self._wait(self._pause)
+        while not self._stopping:
+            attempt += 1
+            self._attempted = time.monotonic()
+            reason = await self._connect()
+            if not reason:
+                self._worker.connected(self)
+                while not (self._stopping or self._lost):
+                    await self._serve()
+                reason = self._lost
+                if time.monotonic() > self._attempted + STEADY:
+                    attempt = 0
+            await self._backend.close()
+            self._lost = ""
+            if self._stopping:
+                return
+            pause = _pause(attempt)
+            self._worker.disconnected(self, reason, pause)
+            self._backend = self._worker._make_backend(_LaneLink(self, self._worker))
+            await self._wait(pause)
+
+    async def _connect(self) -> str:
+        """Why it failed, or ""."""
+        self._worker.connecting(self)
+        self._connecting_since = time.monotonic()
+        try:
+            await self._backend.open(self._worker._connect_timeout)
+        except HttpTradingError as error:
+            return error.text.rstrip(".")
+        except Exception:
+            log.exception("worker %s: connecting failed", self._worker.name)
+            return "Connecting failed unexpectedly; the log has the details"
+        finally:
+            self._connecting_since = None
+        return ""
+
+    async def _wait(self, seconds: float) -> None:
+        """Pauses, unless stopped or asked for an attempt at once."""
+        end = time.monotonic() + seconds
+        self._pause = seconds
+        while not self._stopping and self._pause and (left := end - time.monotonic()) > 0:
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(left):
+                    await self._wake.wait()
+            except TimeoutError:
+                return
+
+    async def _serve(self) -> None:
+        """Runs the next call, or waits for one, for a slot, or for bad news."""
+        self._wake.clear()
+        call, wait = self._worker.next_call(self)
+        if call is not None:
+            await self._run(call)
+            return
+        if self._stopping or self._lost:
+            return
+        try:
+            async with asyncio.timeout(wait):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+
+    async def _run(self, call: Call) -> None:
+        call.began = started = time.monotonic()
+        self.current = call
+        self._running_until = max(call.deadline, started + self._worker._hard_limit) + REPLACE_GRACE
+        result: Any = None
+        error: HttpTradingError | None = None
+        try:
+            if call.begin is not None:
+                call.begin()
+            # The waiter leaves at its deadline; the operation gets a little less, so that it can
+            # say itself what became of it.
+            result = await self._backend.run(
+                call.operation, call.arguments, max(0.05, call.deadline - started)
+            )
+        except HttpTradingError as raised:
+            error = raised
+        except BaseException as raised:
+            log.exception("worker %s: %s failed", self._worker.name, call.operation)
+            error = (
+                OutcomeUnknown("Interrupted while the broker was answering")
+                if isinstance(raised, asyncio.CancelledError)
+                else InternalError("An unexpected error; the log has the details")
+            )
+        finally:
+            self._worker.ended(call)
+            self._running_until = None
+        try:
+            if call.finish is not None:
+                call.finish(result, error)
+        except Exception:
+            log.exception("worker %s: recording %s failed", self._worker.name, call.operation)
+        self.current = None
+        if isinstance(error, BrokerUnavailable):
+            self._on_lost(error.text.rstrip("."))
+        if error is not None:
+            call.set_exception(error)
+        else:
+            call.set_result(result)
+
+
+class _LaneLink:
+    """A lane's broker telling its worker; silent once the lane is given up."""
+
+    def __init__(self, lane: _Lane, worker: Worker) -> None:
+        self._lane = lane
+        self._worker = worker
+
+    def report(self, reports: Iterable[OrderReport]) -> None:
+        self._worker._listener.on_reports(tuple(reports))
+
+    def fill(self, fills: Iterable[Fill]) -> None:
+        self._worker._listener.on_fills(tuple(fills))
+
+    def stale(self) -> None:
+        self._worker._listener.on_stale()
+
+    def lost(self, reason: str) -> None:
+        self._lane.lose(reason.rstrip("."))
+
+    def restored(self) -> None:
+        if not self._lane._given_up:
+            self._worker._listener.on_stale()
+            self._worker._listener.on_connected(self._worker)
+
+    def take(self, window: str) -> None:
+        self._worker._windows.take(window)
+
+    def quote_of(self, instance_id: str, contract: Contract) -> Quote:
+        return self._worker._listener.quote_of(instance_id, contract)
