@@ -340,14 +340,17 @@ class LongPort:
         operation, handler = found
         if operation == "otp" and headers.get("user-agent") != "openapi-sdk":
             operation = "ping"
-        fields: dict[str, Any] = {name: values[0] for name, values in parse_qs(query).items()}
+        fields: dict[str, Any] = {
+            name: values if name == "status" else values[0]
+            for name, values in parse_qs(query).items()
+        }
         if body:
             fields.update(json.loads(body))
-        fault = self.exchange.receive(
-            operation, **fields, path=path, authorization=headers["authorization"]
+        fault = self.exchange.receive(operation, **fields, path=path, authorization=_token(headers))
+        self._check_token(_token(headers))
+        return self._with_fault(
+            fault, lambda: handler(fields | {"token": _token(headers), "path": path})
         )
-        self._check_token(headers["authorization"])
-        return self._with_fault(fault, lambda: handler(fields | {"token": _token(headers)}))
 
     def _with_fault(self, fault: Fault | None, work: Callable[[], Any]) -> Any:
         """Does the work, or what the fault says."""
@@ -427,7 +430,7 @@ class LongPort:
             time_in_force={"Day": "DAY", "GTC": "GTC"}[fields["time_in_force"]],
             lifecycle=LIFECYCLES[fields.get("outside_rth", "RTH_ONLY")],
             mark=fields.get("remark", ""),
-            wire={name: value for name, value in fields.items() if name != "token"},
+            wire={name: fields[name] for name in fields if name not in ("token", "path")},
         )
         self.exchange.place(order)
         return {"order_id": order.order_id}
@@ -511,7 +514,9 @@ class LongPort:
             orders = [
                 self._order(order)
                 for order in self.exchange.orders.values()
-                if begin <= order.epoch <= end and order.epoch < time.time() - 86400
+                if begin <= order.epoch <= end
+                and order.epoch < time.time() - 86400
+                and self._status(order) in fields.get("status", [self._status(order)])
             ]
         return {"has_more": False, "orders": orders}
 

@@ -1,0 +1,600 @@
+"""LongBridge (长桥证券): trading by LongPort's signed REST, quotes and order pushes by its SDK.
+
+Three connections, each in a child process of its own, because the SDK holds the GIL in every call:
+"trade" needs no SDK (why: `longbridge_rest`), so a silent LongBridge cannot freeze it; "quote" has
+the SDK's QuoteContext; "push" its TradeContext, which tells what becomes of orders.
+Facts and their sources: docs/brokers/longbridge.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import importlib
+import logging
+import os
+import re
+import stat
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any, ClassVar
+from zoneinfo import ZoneInfo
+
+from httptrading.brokers.base import BaseBroker, Window, combine
+from httptrading.brokers.longbridge_hours import (
+    ZONES,
+    Calendar,
+    Period,
+    parse_market_codes,
+    session_state,
+)
+from httptrading.brokers.longbridge_renewal import Renewer
+from httptrading.brokers.longbridge_rest import LongPortRest, NoAnswer, NotSent, Query, Refused
+from httptrading.brokers.longbridge_token import Token, TokenFile, TokenFileError
+from httptrading.brokers.longbridge_words import (
+    OPEN_WORDS,
+    name_of,
+    parse_cash,
+    parse_fill,
+    parse_order,
+    parse_positions,
+    push_row,
+    to_order_body,
+    to_symbol,
+    usual_currency,
+)
+from httptrading.brokers.registry import broker_register
+from httptrading.errors import (
+    BrokerError,
+    BrokerUnavailable,
+    HttpTradingError,
+    OrderNotFound,
+    OutcomeUnknown,
+    RateLimited,
+    Rejected,
+    TimedOut,
+)
+from httptrading.model import (
+    Cash,
+    Contract,
+    Fill,
+    Lifecycle,
+    MarketStatus,
+    Order,
+    OrderReport,
+    OrderType,
+    Position,
+    Quote,
+    TimeInForce,
+    TradeType,
+    Unit,
+)
+
+log = logging.getLogger("httptrading.longbridge")
+
+# --- tables -----------------------------------------------------------------------------------
+ADDRESSES = {
+    "http_url": "https://openapi.longportapp.{0}",
+    "quote_ws_url": "wss://openapi-quote.longportapp.{0}/v2",
+    "trade_ws_url": "wss://openapi-trade.longportapp.{0}/v2",
+}
+"""The SDK's own defaults (rust/src/config.rs); `.cn` where LONGPORT_REGION is CN, else `.com`."""
+
+TOKEN_CODES = {401001, 401002, 401003, 401004}
+ACCESS_CODES = {
+    403201: "the signature is wrong: check app_secret, and this machine's clock",
+    403203: "the app key is not known: check app_key",
+    403205: "this machine's IP address is not allowed: check the developer centre",
+}
+DUPLICATE_CODE = 403202
+UNKNOWN_ORDER_CODE = 602001  # "param check failed"; for an order id: not (yet) known
+UNKNOWN_QUOTE_RATE_CODE = 301606
+
+GAP = 0.02
+"""Seconds between two trade calls, at least (LongPort's documentation, "Rate Limit")."""
+
+WATCH_SECONDS = 0.5
+RENEWAL_LOOK_SECONDS = 5.0
+HISTORY = timedelta(days=90)  # the longest range of one history request
+
+
+def newest_socket() -> tuple[int, int] | None:
+    """Descriptor and inode of this process's newest socket; None where that cannot be seen.
+
+    Right after a context has been made that is its WebSocket: the connection for the one-time
+    password came before it and is still there, or has left its lower descriptor.
+    """
+    try:
+        descriptors = sorted((int(name) for name in os.listdir("/dev/fd")), reverse=True)
+    except (OSError, ValueError):
+        return None
+    return next((found for each in descriptors if (found := socket_at(each))), None)
+
+
+def socket_at(descriptor: int) -> tuple[int, int] | None:
+    try:
+        found = os.fstat(descriptor)
+    except OSError:
+        return None
+    return (descriptor, found.st_ino) if stat.S_ISSOCK(found.st_mode) else None
+
+
+# --- the broker -------------------------------------------------------------------------------
+@broker_register("longBridge", "长桥证券")
+class LongBridge(BaseBroker):
+    """Arguments: `app_key`, `app_secret`, `token_file`, `auto_refresh_token` (False), and for
+    other regions `http_url`, `quote_ws_url`, `trade_ws_url`."""
+
+    connections: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "trade": (
+            *("ping", "cash", "positions", "order", "recent_orders", "fills"),
+            *("place_order", "cancel_order"),
+        ),
+        "quote": ("quote", "market_status"),
+        "push": (),
+    }
+    isolation: ClassVar[str] = "process"
+    sdk: ClassVar[str] = "httptrading[longbridge]"
+    windows: ClassVar[Mapping[str, Window]] = {
+        "trade": Window(30, 30.0, gap=GAP, kept=2),
+        "quote": Window(10, 1.0),
+    }
+    costs: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **dict.fromkeys(("cash", "positions", "order", "recent_orders", "fills"), ("trade",)),
+        **dict.fromkeys(("place_order", "cancel_order"), ("trade",)),
+        **dict.fromkeys(("quote", "market_status"), ("quote",)),
+    }
+    combinations = (
+        combine(["US"], [OrderType.Limit], TimeInForce, Lifecycle)
+        | combine(["US", "HK"], [OrderType.Market], [TimeInForce.DAY], [Lifecycle.RTH])
+        | combine(["HK"], [OrderType.Limit], TimeInForce, [Lifecycle.RTH])
+    )
+    quote_regions: ClassVar[frozenset[str] | None] = frozenset(ZONES)
+
+    def __init__(
+        self,
+        broker_args: Mapping[str, Any] | None = None,
+        instance_id: str | None = None,
+        tokens: Iterable[str] | None = None,
+    ) -> None:
+        super().__init__(broker_args, instance_id, tokens)
+        given = self.broker_args
+        missing = [name for name in ("app_key", "app_secret", "token_file") if not given.get(name)]
+        if missing:
+            raise ValueError(f"LongBridge needs {', '.join(missing)} in its arguments")
+        self._app_key, self._app_secret = str(given["app_key"]), str(given["app_secret"])
+        self._renews = bool(given.get("auto_refresh_token", False))
+        path = Path(str(given["token_file"])).expanduser().absolute()
+        top_level = "cn" if os.environ.get("LONGPORT_REGION", "").upper() == "CN" else "com"
+        self._urls = {
+            name: str(given.get(name) or default.format(top_level))
+            for name, default in ADDRESSES.items()
+        }
+        self._file = TokenFile(path, self._app_key)
+        self._rest: LongPortRest | None = None
+        self._context: Any = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._renewer: Renewer | None = None
+        self._periods: dict[str, list[Period]] = {}
+        self._periods_day: date | None = None
+        self._calendars: dict[str, Calendar] = {}
+        self._currencies: dict[str, str] = {}
+        self._has_market_codes = True
+
+    def account_key(self) -> str:
+        parts = (self._app_key, str(self._file.path.resolve()), self._urls["http_url"])
+        return f"{self.broker_name}:{hashlib.sha256(repr(parts).encode()).hexdigest()}"
+
+    def check_contract(self, contract: Contract) -> None:
+        super().check_contract(contract)
+        to_symbol(contract)
+
+    # --- the connection ---------------------------------------------------------------------
+    async def connect(self) -> None:
+        self._file = TokenFile(self._file.path, self._app_key)  # this copy's own view of it
+        token = self._usable_token(self._file.read)
+        self._tasks, self._calendars, self._currencies = [], {}, {}
+        self._rest = self._rest_with(None)
+        if self.connection == "trade":
+            await self._get("/v1/socket/token")
+            self._renewer = Renewer(self._file, self._app_key, self._rest_with, renews=self._renews)
+            self._watch(self._renewer.look, RENEWAL_LOOK_SECONDS)
+        else:
+            self._connect_sdk(token)
+            if self.connection == "push":
+                await self._report_today()
+        self._watch(lambda: self._look_at_token(token))
+
+    def _rest_with(self, token: Token | None) -> LongPortRest:
+        """A client with this token, or with the file's whatever it is."""
+        return LongPortRest(
+            self._urls["http_url"],
+            self._app_key,
+            self._app_secret,
+            lambda: (token or self._file.current()).text,
+        )
+
+    def _connect_sdk(self, token: Token) -> None:
+        openapi = importlib.import_module("longport.openapi")
+
+        config = openapi.Config(
+            app_key=self._app_key,
+            app_secret=self._app_secret,
+            access_token=token.text,
+            enable_print_quote_packages=False,
+            **self._urls,
+        )
+        with self._sdk_errors(connecting=True):
+            if self.connection == "quote":
+                self._context = openapi.QuoteContext(config)
+                return
+            self._context = openapi.TradeContext(config)
+            socket = newest_socket()
+            # Before `subscribe`: the SDK locks up when it is set while pushes arrive.
+            self._context.set_on_order_changed(self._on_order_changed)
+            self._context.subscribe([openapi.TopicType.Private])
+        if socket is not None:
+            self._watch(lambda: self._look_at_socket(socket))
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if self._renewer is not None:
+            await self._renewer.finish(1.5)
+        self._context = None  # dropping it closes its sockets
+        if self._rest is not None:
+            self._rest.close()
+
+    def _watch(self, look: Callable[[], Awaitable[None]], pause: float = WATCH_SECONDS) -> None:
+        async def forever() -> None:
+            while True:
+                await look()
+                await asyncio.sleep(pause)
+
+        self._tasks.append(asyncio.get_running_loop().create_task(forever()))
+
+    async def _look_at_token(self, connected_with: Token) -> None:
+        """A bad file ends the connection, a new token ends the SDK's (REST simply takes it)."""
+        try:
+            token = self._file.current()
+        except TokenFileError as error:
+            self.lost(str(error))
+            return
+        if token.text != connected_with.text and self.connection != "trade":
+            self.lost("The LongBridge token was replaced: connecting with the new one")
+
+    async def _look_at_socket(self, socket: tuple[int, int]) -> None:
+        # The SDK reconnects by itself without a word; what was pushed meanwhile is lost.
+        if socket_at(socket[0]) != socket:
+            self.lost("The connection for LongBridge's order pushes broke")
+
+    async def _report_today(self) -> None:
+        """What changed while no pushes came."""
+        await self._take("trade", patience=5.0)
+        data = await self._get("/v1/trade/order/today")
+        self.report(*map(parse_order, data.get("orders") or ()))
+
+    def _on_order_changed(self, event: Any) -> None:
+        """On a thread of the SDK, which swallows whatever is raised here."""
+        try:
+            self.report(parse_order(push_row(event)))
+        except Exception as error:
+            log.error("an order push could not be read (%s)", type(error).__name__)
+        self.stale()
+
+    # --- the token ----------------------------------------------------------------------------
+    def _usable_token(self, read: Callable[[], Token]) -> Token:
+        try:
+            return read()
+        except TokenFileError as error:
+            raise BrokerUnavailable(str(error)) from None
+
+    # --- asking -------------------------------------------------------------------------------
+    async def _get(self, path: str, query: Query | None = None) -> Any:
+        """A read's `data`."""
+        try:
+            return await self._ask("GET", path, query)
+        except NoAnswer:
+            raise TimedOut("LongBridge gave no intelligible answer; try again") from None
+
+    async def _change(
+        self, method: str, query: Query | None, body: Mapping[str, str] | None
+    ) -> Any:
+        """The `data` of a placement or a cancellation."""
+        try:
+            return await self._ask(method, "/v1/trade/order", query, body)
+        except NoAnswer:
+            raise OutcomeUnknown("Sent to LongBridge, but no intelligible answer came") from None
+
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        query: Query | None = None,
+        body: Mapping[str, str] | None = None,
+    ) -> Any:
+        assert self._rest is not None
+        self._usable_token(self._file.current)
+        try:
+            return await self._rest.request(method, path, query, body)
+        except NotSent:
+            raise BrokerUnavailable(
+                "LongBridge cannot be reached: check this machine's network"
+            ) from None
+        except Refused as refused:
+            raise self._refusal(refused) from None
+
+    def _refusal(self, refused: Refused) -> Exception:
+        """LongPort's refusal as an error of the tree, or NoAnswer where it proves nothing."""
+        code = refused.code
+        if refused.status == 429 or 429000 <= code < 430000 or code == UNKNOWN_QUOTE_RATE_CODE:
+            return RateLimited(
+                "LongBridge's rate limit refused it; nothing was done", retry_after=3
+            )
+        if refused.status == 401 or code in TOKEN_CODES:
+            return BrokerUnavailable(
+                f"LongBridge no longer accepts the token in {self._file.path} (code {code}): fetch "
+                "a new one in the developer centre and put it there"
+            )
+        if code in ACCESS_CODES:
+            return BrokerUnavailable(f"LongBridge refuses access: {ACCESS_CODES[code]}")
+        if code == DUPLICATE_CODE or refused.status >= 500 or 500000 <= code < 501000:
+            return NoAnswer(str(code))
+        return _CodedRejection(refused.message or "LongBridge refused it", code)
+
+    @contextlib.contextmanager
+    def _sdk_errors(self, *, connecting: bool = False) -> Iterator[None]:
+        openapi = importlib.import_module("longport.openapi")
+
+        try:
+            yield
+        except openapi.OpenApiException as error:
+            code, message = error.code, str(error.message)
+            if code is not None:
+                found = self._refusal(Refused(0, int(code), message))
+                if isinstance(found, HttpTradingError) and not (
+                    connecting and isinstance(found, Rejected)
+                ):
+                    raise found from None
+            if not connecting:
+                raise TimedOut("LongBridge's quote connection gave no answer") from None
+            if "connections limitation" in message:
+                raise BrokerUnavailable(
+                    "LongBridge allows no further connection of this account: close another program"
+                ) from None
+            raise BrokerUnavailable(
+                f"LongBridge's {self.connection} connection cannot be made"
+                + (f" (code {code})" if code is not None else "")
+            ) from None
+
+    # --- the operations: trading --------------------------------------------------------------
+    async def ping(self) -> bool:
+        """Asks for a one-time password: the one request that needs a living token and counts
+        against no documented limit."""
+        await self._get("/v1/socket/token")
+        return True
+
+    async def place_order(
+        self,
+        contract: Contract,
+        order_type: OrderType,
+        time_in_force: TimeInForce,
+        lifecycle: Lifecycle,
+        direction: str,
+        qty: int,
+        price: float | None = None,
+        **kwargs: Any,
+    ) -> str:
+        body = to_order_body(
+            contract,
+            order_type,
+            time_in_force,
+            lifecycle,
+            direction,
+            qty,
+            price,
+            str(kwargs.get("mark") or ""),
+        )
+        data = await self._change("POST", None, body)
+        order_id = data.get("order_id") if isinstance(data, dict) else None
+        if not order_id:
+            raise OutcomeUnknown("LongBridge took the order but gave no order id")
+        return str(order_id)
+
+    async def cancel_order(self, order_id: str) -> None:
+        _check_order_id(order_id)
+        try:
+            await self._change("DELETE", {"order_id": order_id}, None)
+        except Rejected as refused:
+            order = await self._order_after(refused, order_id)
+            if order.is_pending_cancel:
+                return
+            if order.is_completed:
+                over = f"over ({order.error_reason})"
+                state = "filled" if order.is_filled else "cancelled" if order.is_canceled else over
+                raise Rejected(f"The order is already {state}: {refused.text}") from None
+            raise
+
+    async def _order_after(self, refused: Rejected, order_id: str) -> Order:
+        """What the order is whose cancellation was refused; the refusal itself if that can't be
+        learnt."""
+        try:
+            await self._another_slot()
+            return (await self.order(order_id)).order
+        except OrderNotFound:
+            raise
+        except BrokerError:
+            raise refused from None
+
+    async def order(self, order_id: str) -> OrderReport:
+        _check_order_id(order_id)
+        try:
+            return parse_order(await self._get("/v1/trade/order", {"order_id": order_id}))
+        except _CodedRejection as refused:
+            if refused.longport_code == UNKNOWN_ORDER_CODE:
+                raise OrderNotFound(f"LongBridge knows no order {order_id}") from None
+            raise
+
+    async def recent_orders(self) -> list[OrderReport]:
+        """Today's, those of the last two days (the broker's day may have just turned over), and
+        older ones that are still open."""
+        now = datetime.now(UTC)
+        data = await self._get("/v1/trade/order/today")
+        reports = {row["order_id"]: parse_order(row) for row in data.get("orders") or ()}
+        for query in (
+            _range(now - timedelta(days=2), now),
+            _range(now - HISTORY, now) | {"status": OPEN_WORDS},
+        ):
+            for row in await self._history(query):
+                reports.setdefault(row["order_id"], parse_order(row))
+        return list(reports.values())
+
+    async def _history(self, query: dict[str, str | Sequence[str]]) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        while True:
+            await self._another_slot()
+            data = await self._get("/v1/trade/order/history", query)
+            page = data.get("orders") or []
+            rows += page
+            if not data.get("has_more") or not page:
+                return rows
+            oldest = min(int(row["submitted_at"]) for row in page)
+            if str(oldest) == query["end_at"]:
+                raise TimedOut("LongBridge's list of orders does not end; try again")
+            query = {**query, "end_at": str(oldest)}
+
+    async def fills(self, order_id: str) -> list[Fill]:
+        _check_order_id(order_id)
+        query = {"order_id": order_id}
+        data = await self._get("/v1/trade/execution/today", query)
+        found = [parse_fill(row) for row in data.get("trades") or ()]
+        if not found:
+            await self._another_slot()
+            now = datetime.now(UTC)
+            data = await self._get("/v1/trade/execution/history", _range(now - HISTORY, now))
+            rows = data.get("trades") or ()
+            found = [parse_fill(row) for row in rows if str(row["order_id"]) == order_id]
+        return found
+
+    async def _another_slot(self) -> None:
+        """For a further trade call within one operation."""
+        await asyncio.sleep(GAP)
+        await self._take("trade", patience=5 * GAP)
+
+    async def _take(self, window: str, *, patience: float) -> None:
+        """Takes a slot that is free within so many seconds; RateLimited else."""
+        while True:
+            try:
+                self.take(window)
+                return
+            except RateLimited as error:
+                wait = error.retry_after or GAP
+                if wait > patience:
+                    raise
+                patience -= wait
+                await asyncio.sleep(wait)
+
+    async def cash(self, currency: str = "USD") -> Cash:
+        data = await self._get("/v1/asset/account", {"currency": currency})
+        return Cash(currency, parse_cash(data, currency))
+
+    async def positions(self) -> list[Position]:
+        data = await self._get("/v1/asset/stock")
+        return [
+            Position(self.broker_name, self.broker_display, contract, Unit.Share, currency, qty)
+            for contract, (currency, qty) in parse_positions(data).items()
+        ]
+
+    # --- the operations: quotes ---------------------------------------------------------------
+    async def quote(self, contract: Contract) -> Quote:
+        symbol = to_symbol(contract)
+        currency = usual_currency(contract) or await self._currency(symbol)
+        with self._sdk_errors():
+            rows = self._context.quote([symbol])
+        if not rows:
+            raise Rejected(f"LongBridge has no quote for {symbol}")
+        row = rows[0]
+        return Quote(
+            contract=contract,
+            currency=currency,
+            is_tradable=name_of(row.trade_status) == "Normal",
+            latest=row.last_done,
+            pre_close=row.prev_close,
+            open_price=row.open,
+            high_price=row.high,
+            low_price=row.low,
+            time=row.timestamp.astimezone(),
+        )
+
+    async def _currency(self, symbol: str) -> str:
+        """Asked once for each security."""
+        if symbol not in self._currencies:
+            with self._sdk_errors():
+                rows = self._context.static_info([symbol])
+            if not rows or not rows[0].currency:
+                raise Rejected(f"LongBridge knows no security {symbol}")
+            self._currencies[symbol] = str(rows[0].currency)
+            await self._take("quote", patience=2.0)
+        return self._currencies[symbol]
+
+    async def market_status(self) -> Mapping[Any, Mapping[str, MarketStatus]]:
+        found: dict[str, MarketStatus] = {}
+        if self._has_market_codes:
+            try:
+                found = parse_market_codes(await self._get("/v1/quote/market-status"))
+            except Rejected:
+                self._has_market_codes = False  # this account has no such request
+        for region in ZONES:
+            if region not in found:
+                found[region] = await self._session_state(region)
+        return {TradeType.Securities: {region: found[region] for region in ZONES}}
+
+    async def _session_state(self, region: str) -> MarketStatus:
+        openapi = importlib.import_module("longport.openapi")
+
+        now = datetime.now(ZoneInfo(ZONES[region]))
+        today = now.date()
+        if self._periods_day != datetime.now(UTC).date():
+            await self._take("quote", patience=2.0)
+            with self._sdk_errors():
+                sessions = self._context.trading_session()
+            self._periods_day = datetime.now(UTC).date()
+            self._periods = {
+                name_of(market.market): [
+                    (each.begin_time, each.end_time, name_of(each.trade_session))
+                    for each in market.trade_sessions
+                ]
+                for market in sessions
+            }
+        calendar = self._calendars.get(region)
+        if calendar is None or not calendar.first <= today < calendar.last:
+            first, last = today, today + timedelta(days=7)
+            await self._take("quote", patience=2.0)
+            with self._sdk_errors():
+                days = self._context.trading_days(getattr(openapi.Market, region), first, last)
+            half = frozenset(days.half_trading_days)
+            calendar = Calendar(first, last, frozenset(days.trading_days) | half, half)
+            self._calendars[region] = calendar
+        return session_state(region, now, self._periods.get(region, ()), calendar)
+
+
+class _CodedRejection(Rejected):
+    """LongPort's refusal, with its code."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(f"{text} (LongBridge code {code})")
+        self.longport_code = code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Rejected, (self.text,)  # to another process it is a plain one
+
+
+def _check_order_id(order_id: str) -> None:
+    if not re.fullmatch(r"\d{1,32}", order_id):
+        raise OrderNotFound(f"LongBridge's order ids are digits, unlike {order_id[:40]!r}")
+
+
+def _range(begin: datetime, end: datetime) -> dict[str, str | Sequence[str]]:
+    return {"start_at": f"{begin.timestamp():.0f}", "end_at": f"{end.timestamp():.0f}"}

@@ -1,0 +1,139 @@
+"""Renews the LongBridge token near its end, once, whoever else wants to.
+
+The old token dies the moment LongPort answers (open.longportapp.com/docs/refresh-token-api), so the
+new one goes to disk before anything else. While the old one lives, nothing here stops trading.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from httptrading.brokers.longbridge_rest import LongPortRest, NoAnswer, NotSent, Refused
+from httptrading.brokers.longbridge_token import (
+    RENEW_BEFORE,
+    Renewal,
+    Token,
+    TokenFile,
+    TokenFileError,
+)
+
+log = logging.getLogger("httptrading.longbridge")
+
+RENEWAL_SECONDS = 20.0
+GRANT = timedelta(days=90)
+
+
+def parse_grant(data: Any) -> Token:
+    """A renewed token with the end that LongPort granted; ValueError when it is not one."""
+    if not isinstance(data, Mapping):
+        raise ValueError("no token")
+    text, end = data.get("token"), data.get("expired_at")
+    if (
+        not isinstance(text, str)
+        or not re.fullmatch(r"[!-~]+", text)
+        or '"' in text
+        or "\\" in text
+    ):
+        raise ValueError("no token")
+    moment = datetime.fromisoformat(str(end))
+    return Token(text, float(int(moment.replace(tzinfo=moment.tzinfo or UTC).timestamp())))
+
+
+class Renewer:
+    """The background part of the trade connection; `look()` is called a few times a minute."""
+
+    def __init__(
+        self,
+        file: TokenFile,
+        app_key: str,
+        make_rest: Callable[[Token], LongPortRest],
+        *,
+        renews: bool,
+    ) -> None:
+        self._file = file
+        self._app_key = app_key
+        self._make_rest = make_rest
+        self._renews = renews
+        self._unwritten: Token | None = None
+        self._running: asyncio.Task[None] | None = None
+
+    async def look(self) -> None:
+        if self._unwritten is not None:
+            with Renewal(self._file.path, self._app_key) as renewal:
+                if renewal.is_held:
+                    self._write(renewal, self._unwritten)
+        elif self._renews and self._is_near_its_end():
+            with Renewal(self._file.path, self._app_key) as renewal:
+                due = renewal.token is not None
+            if due:
+                # A task of its own, never cancelled: half of a renewal loses the token.
+                self._running = asyncio.get_running_loop().create_task(self._renew())
+
+    def _is_near_its_end(self) -> bool:
+        if self._running is not None and not self._running.done():
+            return False
+        try:
+            return self._file.current().remaining() <= RENEW_BEFORE
+        except TokenFileError:
+            return False  # whoever uses the token says what is wrong
+
+    async def finish(self, seconds: float) -> None:
+        """Lets a renewal under way end: its answer holds the only token that will work."""
+        if self._running is not None:
+            await asyncio.wait([self._running], timeout=seconds)
+
+    async def _renew(self) -> None:
+        with Renewal(self._file.path, self._app_key) as renewal:
+            old = renewal.token
+            if old is None:
+                return
+            rest = self._make_rest(old)
+            end = (datetime.now(UTC) + GRANT).isoformat(timespec="milliseconds")
+            query = {"expired_at": end.replace("+00:00", "Z")}
+            try:
+                renewal.begin()
+                async with asyncio.timeout(RENEWAL_SECONDS):
+                    data = await rest.request("GET", "/v1/token/refresh", query)
+                self._write(renewal, parse_grant(data))
+            except TokenFileError as error:
+                log.error("%s", error)
+            except (NotSent, Refused) as error:
+                code = f" (code {error.code})" if isinstance(error, Refused) else ""
+                log.error(
+                    "The LongBridge token, good until %s, could not be renewed%s; the old one goes "
+                    "on, and another attempt follows",
+                    datetime.fromtimestamp(old.expiry, UTC),
+                    code,
+                )
+            except (NoAnswer, TimeoutError, ValueError):
+                log.critical(
+                    "LongBridge gave no clear answer to the renewal of the token: the old one goes "
+                    "on while it is accepted; if it is not, put a new one in %s",
+                    self._file.path,
+                )
+            finally:
+                rest.close()
+
+    def _write(self, renewal: Renewal, token: Token) -> None:
+        try:
+            renewal.write(token)
+        except (OSError, TokenFileError) as error:
+            log.critical(
+                "The renewed LongBridge token could not be written to %s (%s): it lives in memory "
+                "only, and writing is tried again",
+                self._file.path,
+                type(error).__name__,
+            )
+            self._unwritten = token
+            self._file.keep(token)
+        else:
+            self._unwritten = None
+            log.warning(
+                "The LongBridge token was renewed; it is good until %s",
+                datetime.fromtimestamp(token.expiry, UTC),
+            )

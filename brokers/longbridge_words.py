@@ -1,0 +1,251 @@
+"""LongPort's words and ours: symbols, orders, money, as tables and pure functions.
+
+Rows are those of LongPort's REST answers; sources: docs/brokers/longbridge.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any, TypeVar
+
+from httptrading.errors import Unsupported
+from httptrading.model import (
+    CURRENCIES,
+    Contract,
+    Fill,
+    Lifecycle,
+    Order,
+    OrderReport,
+    OrderType,
+    TimeInForce,
+    TradeType,
+)
+
+_Result = TypeVar("_Result")
+
+TO_LONGPORT = {
+    OrderType.Limit: "LO",
+    OrderType.Market: "MO",
+    TimeInForce.DAY: "Day",
+    TimeInForce.GTC: "GTC",
+    Lifecycle.RTH: "RTH_ONLY",
+    Lifecycle.ETH: "ANY_TIME",
+    Lifecycle.OVERNIGHT: "OVERNIGHT",
+    "BUY": "Buy",
+    "SELL": "Sell",
+}
+FROM_LONGPORT = {word: value for value, word in TO_LONGPORT.items()}
+
+WORKING = {
+    "Unknown",
+    "NotReported",
+    "ReplacedNotReported",
+    "ProtectedNotReported",
+    "VarietiesNotReported",
+    "WaitToNew",
+    "New",
+    "WaitToReplace",
+    "PendingReplace",
+    "Replaced",
+    "PartialFilled",
+    "Filled",
+}
+PENDING_CANCEL = {"WaitToCancel", "PendingCancel"}
+CANCELED = {"Canceled", "PartialWithdrawal"}
+FAILED = {"Rejected", "Expired"}
+"""Every order status, in the SDK's spelling (openapi.pyi, OrderStatus); REST says some of them with
+"Status" at the end. A status of none of these sets counts as Unknown: nothing is claimed."""
+
+OPEN_WORDS = [
+    *sorted(WORKING - {"Unknown", "Filled", "New", "PendingReplace", "Replaced", "PartialFilled"}),
+    *("NewStatus", "PendingReplaceStatus", "ReplacedStatus", "PartialFilledStatus"),
+    *("WaitToCancel", "PendingCancelStatus"),
+]
+
+CN_EXCHANGES = (
+    # First digits → exchange, the first match counts (docs/brokers/longbridge.md, "Symbols").
+    (("92", "43", "83", "87", "88"), ""),
+    (("900", "6", "5", "110", "111", "113", "118", "204"), "SH"),
+    (("0", "2", "3", "15", "16", "18", "12"), "SZ"),
+)
+
+
+# --- pure: symbols ----------------------------------------------------------------------------
+def to_symbol(contract: Contract) -> str:
+    """LongPort's symbol; Unsupported for what it has no market for."""
+    ticker = contract.ticker
+    if contract.region == "US":
+        return f"{ticker}.US"
+    if contract.region == "HK":
+        return f"{ticker.lstrip('0') or '0'}.HK"
+    exchange = next((name for starts, name in CN_EXCHANGES if ticker.startswith(starts)), None)
+    if not exchange:
+        where = "is on the Beijing exchange" if exchange == "" else "is on no exchange it knows"
+        raise Unsupported(f"LongBridge has no market for {ticker}: the code {where}")
+    return f"{ticker}.{exchange}"
+
+
+def to_contract(symbol: str) -> Contract | None:
+    """None for what is not a security of US, HK or CN (options, SG, …)."""
+    ticker, _, market = symbol.upper().rpartition(".")
+    if market == "HK" and re.fullmatch(r"\d{1,5}", ticker):
+        return Contract(TradeType.Securities, ticker.zfill(5), "HK")
+    if market in ("SH", "SZ") and re.fullmatch(r"\d{6}", ticker):
+        return Contract(TradeType.Securities, ticker, "CN")
+    if market == "US" and re.fullmatch(r"[A-Z0-9]{1,6}([.\-/ ][A-Z0-9]{1,4})?", ticker):
+        return Contract(TradeType.Securities, re.sub(r"[\-/ ]", ".", ticker), "US")
+    return None
+
+
+def usual_currency(contract: Contract) -> str | None:
+    """The currency by the code alone; None where only LongPort knows (HK has counters in CNY and
+    USD beside those in HKD)."""
+    if contract.region == "HK":
+        return None
+    if contract.region == "CN" and contract.ticker.startswith("900"):
+        return "USD"
+    if contract.region == "CN" and contract.ticker.startswith("20"):
+        return "HKD"
+    return CURRENCIES[contract.region]
+
+
+# --- pure: orders -----------------------------------------------------------------------------
+def to_order_body(
+    contract: Contract,
+    order_type: OrderType,
+    time_in_force: TimeInForce,
+    lifecycle: Lifecycle,
+    direction: str,
+    qty: int,
+    price: float | None,
+    mark: str,
+) -> dict[str, str]:
+    """The JSON of a placement; all values are strings, so that prices are exact."""
+    body = {
+        "symbol": to_symbol(contract),
+        "order_type": TO_LONGPORT[order_type],
+        "side": TO_LONGPORT[direction],
+        "submitted_quantity": str(qty),
+        "time_in_force": TO_LONGPORT[time_in_force],
+    }
+    if order_type is OrderType.Limit:
+        assert price is not None
+        body["submitted_price"] = f"{Decimal(repr(price)):f}"
+    if contract.region == "US":
+        body["outside_rth"] = TO_LONGPORT[lifecycle]
+    if mark:
+        body["remark"] = mark
+    return body
+
+
+def parse_order(row: Mapping[str, Any]) -> OrderReport:
+    """An order as REST lists it, or as `push_row` makes it of a push."""
+    status = str(row["status"]).removesuffix("Status")
+    message = str(row.get("msg") or "").strip()
+    contract = to_contract(str(row["symbol"]))
+    price = _number(row.get("price"))
+    order = Order(
+        order_id=str(row["order_id"]),
+        currency=str(row.get("currency") or ""),
+        qty=_number(row["quantity"]),
+        filled_qty=_number(row.get("executed_quantity")),
+        avg_price=_number(row.get("executed_price")),
+        error_reason=(message or status) if status in FAILED else "",
+        is_canceled=status in CANCELED,
+        is_pending_cancel=status in PENDING_CANCEL,
+    )
+    return OrderReport(
+        order,
+        mark=str(row.get("remark") or ""),
+        contract=contract,
+        direction=_known(row.get("side"), str),
+        order_type=_known(row.get("order_type"), OrderType),
+        price=price or None,
+        time_in_force=_known(row.get("time_in_force"), TimeInForce),
+        lifecycle=_known(row.get("outside_rth"), Lifecycle),
+        time=_moment(row.get("submitted_at")),
+    )
+
+
+def push_row(event: Any) -> dict[str, Any]:
+    """The SDK's PushOrderChanged in the words of REST. A push has no time in force."""
+    return {
+        "order_id": event.order_id,
+        "status": name_of(event.status),
+        "symbol": event.symbol,
+        "currency": event.currency,
+        "quantity": event.submitted_quantity,
+        "executed_quantity": event.executed_quantity,
+        "executed_price": event.executed_price,
+        "price": event.submitted_price,
+        "side": name_of(event.side),
+        "order_type": name_of(event.order_type),
+        "msg": event.msg,
+        "remark": event.remark,
+        "submitted_at": event.submitted_at,
+    }
+
+
+def parse_fill(row: Mapping[str, Any]) -> Fill:
+    return Fill(
+        fill_id=str(row["trade_id"]),
+        order_id=str(row["order_id"]),
+        qty=_number(row["quantity"]),
+        price=_number(row["price"]),
+        time=_moment(row["trade_done_at"]) or datetime.now(UTC),
+    )
+
+
+def _number(value: Any) -> Decimal:
+    """A decimal text; LongPort leaves what does not apply empty."""
+    number = Decimal(str(value)) if value not in (None, "") else Decimal(0)
+    if not number.is_finite():
+        raise ValueError("not a number")
+    return number
+
+
+def _known(word: Any, kind: type[_Result]) -> _Result | None:
+    value = FROM_LONGPORT.get(str(word))
+    return value if isinstance(value, kind) else None
+
+
+def _moment(value: Any) -> datetime | None:
+    """Epoch seconds from REST; from the SDK a naive time in this machine's zone
+    (python/src/time.rs)."""
+    if isinstance(value, datetime):
+        return value.astimezone()
+    return datetime.fromtimestamp(int(value), UTC) if value not in (None, "", "0") else None
+
+
+def name_of(constant: Any) -> str:
+    """`Filled` of the SDK's `OrderStatus.Filled`."""
+    return str(constant).rpartition(".")[2]
+
+
+# --- pure: account ----------------------------------------------------------------------------
+def parse_cash(data: Mapping[str, Any], currency: str) -> Decimal:
+    """Available cash in one currency; 0 when there is none of it."""
+    for row in data.get("list") or ():
+        for info in row.get("cash_infos") or ():
+            if info["currency"] == currency:
+                return _number(info["available_cash"])
+    return Decimal(0)
+
+
+def parse_positions(data: Mapping[str, Any]) -> dict[Contract, tuple[str, Decimal]]:
+    """Contract → currency and quantity, over every account channel (paper accounts have their
+    own)."""
+    held: dict[Contract, tuple[str, Decimal]] = {}
+    for channel in data.get("list") or ():
+        for row in channel.get("stock_info") or ():
+            contract = to_contract(str(row["symbol"]))
+            if contract is None:
+                continue
+            # The documentation's sample says HK where it means HKD.
+            currency = CURRENCIES.get(row["currency"], row["currency"])
+            before = held.get(contract, (currency, Decimal(0)))[1]
+            held[contract] = (currency, before + _number(row["quantity"]))
+    return {contract: value for contract, value in held.items() if value[1]}
