@@ -30,15 +30,15 @@ class _Slots:
         self.queued_cancels = 0
         self._ends: deque[float] = deque(maxlen=window.limit)
 
-    def wait(self, ahead: int, *, cancel: bool) -> float:
+    def wait(self, ahead: int, *, cancel: bool, gaps: bool = True) -> float:
         """Seconds until one more call may begin after `ahead` others."""
         now = time.monotonic()
         window = self.window
         self._forget(now)
         wait = 0.0
-        if window.gap and self._ends:
+        if gaps and window.gap and self._ends:
             wait = self._ends[-1] + window.gap * (ahead + 1) - now
-        if window.gap and self.running:
+        if gaps and window.gap and self.running:
             wait = max(wait, window.gap)
         needed = self.running + ahead + 1 + (0 if cancel else window.kept)
         free = window.limit - len(self._ends)
@@ -125,10 +125,14 @@ class Windows:
                 self._slots[name].end()
 
     def take(self, name: str) -> None:
-        """A slot for one call outside the queue; RateLimited when there is none right now."""
+        """A slot for one call outside the queue; RateLimited when there is none right now.
+
+        The running operation that makes the call may hold a slot of the same window itself, so the
+        gap between the two is its own affair.
+        """
         with self._lock:
             slot = self._slots[name]
-            wait = slot.wait(0, cancel=False)
+            wait = slot.wait(0, cancel=False, gaps=False)
             if wait > 0:
                 raise _too_often(wait)
             slot.running += 1
