@@ -150,7 +150,7 @@ class Transport:
             if self._tls
             else http.client.HTTPConnection(host, port, timeout=left)
         )
-        connection.auto_open = 0  # type: ignore[attr-defined]  # never again behind our back
+        connection.auto_open = 0  # it must not connect again behind our back
         self._connection = connection
         try:
             connection.connect()

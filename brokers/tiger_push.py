@@ -1,10 +1,10 @@
 """Tiger's push connection: one per tiger_id in this process, shared by all its accounts.
 
 Tiger allows one push connection per tiger_id and kicks the older one (code 4001). The SDK's
-`PushClient` blocks through 60 attempts, does not subscribe again after a reconnect, fights kick-outs
-for ever, checks no certificate and patches `ssl` for the whole process. So its lower layer (frames,
-heartbeats: tigeropen/push/network) is used here with a thread of our own around it. News are only
-ever a hint: when push is down, orders are still found by asking, and nothing waits.
+`PushClient` blocks through 60 attempts, does not subscribe again after a reconnect, fights
+kick-outs for ever, checks no certificate and patches `ssl` for the whole process. So only its
+lower layer (tigeropen/push/network: frames, heartbeats) is used, with a thread of our own around
+it. News are a hint and no more: when push is down, orders are found by asking, and nothing waits.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class SharedPush:
         with self._lock:
             self._subscriptions.append(subscription)
             session = self._session
-        if session is not None:
+        if session is not None and session.settled.is_set():
             session.subscribe(subscription.account)
 
     def remove(self, subscription: Subscription) -> bool:
@@ -130,8 +130,6 @@ class SharedPush:
 
     def welcomed(self, session: _Session) -> None:
         """Tiger took the connection: subscribe again, and tell after a gap."""
-        with self._lock:
-            self._session = session
         self._welcomes += 1
         for account in {one.account for one in self.subscriptions()}:
             session.subscribe(account)
@@ -166,10 +164,14 @@ class SharedPush:
     def _connect_and_wait(self) -> bool:
         """One life of the connection; True when another program has kicked it."""
         session = _Session(self, self._address)
+        with self._lock:
+            self._session = session
         try:
-            session.open(self._address, self._private_key)
-            if not self._stopping.is_set() and session.welcome.wait(WELCOME_TIMEOUT):
-                session.ended.wait()
+            session.connect(self._address)
+            if not self._stopping.is_set():
+                session.introduce(self._address.tiger_id, self._private_key)
+                if session.settled.wait(WELCOME_TIMEOUT):
+                    session.ended.wait()
         finally:
             session.sever()
         return session.kicked
@@ -186,7 +188,7 @@ class _Session:
             module.logging = QUIET
         self._push = push
         self.kicked = False
-        self.welcome = threading.Event()
+        self.settled = threading.Event()  # taken or refused by Tiger
         self.ended = threading.Event()
         self._connection = connect.PushConnection(
             [(address.host, address.port)],
@@ -198,10 +200,7 @@ class _Session:
         )
         self._connection.set_listener("push", self)
 
-    def open(self, address: Address, private_key: str) -> None:
-        from tigeropen.common.util.signature_utils import sign_with_rsa
-        from tigeropen.push.pb.util import ProtoMessageUtil
-
+    def connect(self, address: Address) -> None:
         if address.tls:
             certificates = trusted_certificates()
             if certificates is None:
@@ -209,9 +208,14 @@ class _Session:
             # With certificates given the SDK demands a valid one for this very host.
             self._connection.set_ssl([(address.host, address.port)], ca_certs=certificates)
         self._connection.transport.start()
+
+    def introduce(self, tiger_id: str, private_key: str) -> None:
+        from tigeropen.common.util.signature_utils import sign_with_rsa
+        from tigeropen.push.pb.util import ProtoMessageUtil
+
         hello = ProtoMessageUtil.build_connect_message(
-            address.tiger_id,
-            sign_with_rsa(private_key, address.tiger_id, "utf-8"),
+            tiger_id,
+            sign_with_rsa(private_key, tiger_id, "utf-8"),
             send_interval=HEARTBEAT_MS,
             receive_interval=HEARTBEAT_MS,
         )
@@ -238,22 +242,26 @@ class _Session:
                 sock.shutdown(socket.SHUT_RDWR)
         # The SDK forgets to tell its heartbeat thread, which would run for ever.
         self._connection.on_disconnected()
+        self._end()
+
+    def _end(self) -> None:
         self.ended.set()
+        self.settled.set()
 
     # --- called by the SDK -------------------------------------------------------------------
     def on_connected(self, frame: Any) -> None:
-        self.welcome.set()
+        self.settled.set()
         self._push.welcomed(self)
 
     def on_disconnecting(self) -> None:  # the SDK's name for "is disconnected"
-        self.ended.set()
+        self._end()
 
     def on_error(self, frame: Any) -> None:
         if frame.code == KICKED:
             self.kicked = True
         else:
             log.warning("Tiger's push connection reports error %s", int(frame.code))
-        self.ended.set()
+        self._end()
 
     def on_message(self, frame: Any) -> None:
         from tigeropen.push.pb.SocketCommon_pb2 import SocketCommon

@@ -1,0 +1,455 @@
+"""老虎证券 (Tiger) through its SDK tigeropen: the class `Tiger`.
+
+Words and numbers are translated in `tiger_mapping.py`, HTTP lies in `tiger_http.py`, the push
+connection in `tiger_push.py`; docs/brokers/tiger.md tells limits, quirks and troubleshooting.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from typing import Any, ClassVar, TypeVar
+
+from httptrading.brokers import tiger_http, tiger_push
+from httptrading.brokers import tiger_mapping as mapping
+from httptrading.brokers.base import BaseBroker, Combination, Window
+from httptrading.brokers.registry import broker_register
+from httptrading.errors import (
+    BrokerUnavailable,
+    InvalidRequest,
+    OrderNotFound,
+    OutcomeUnknown,
+    RateLimited,
+    Rejected,
+    TimedOut,
+    Unsupported,
+)
+from httptrading.model import (
+    CURRENCIES,
+    Cash,
+    Contract,
+    Fill,
+    Lifecycle,
+    MarketStatus,
+    OrderReport,
+    OrderType,
+    Position,
+    Quote,
+    TimeInForce,
+    TradeType,
+    UnifiedStatus,
+    Unit,
+)
+
+_Result = TypeVar("_Result")
+
+CONNECT_TIMEOUT = 5.0
+LISTING_DAYS = 30
+PAGE = 300  # orders in one answer at most
+MOST_PAGES = 40
+RESERVE_SHARE = 0.4  # of the timeout; the rest is for placing under the reserved number
+
+
+@broker_register("tiger", "老虎证券")
+class Tiger(BaseBroker):
+    """One account at Tiger: prime, global (U…) or paper (17 digits and more).
+
+    Arguments: tiger_id, account, pk_path; optional server_url, push_host ("" switches push off),
+    push_port, push_ssl, tiger_public_key, secret_key, timeout (seconds for one operation).
+    """
+
+    # HTTP has no state, so each kind of operation gets a connection of its own: neither a hanging
+    # quote nor a hanging list keeps an order or a cancellation waiting.
+    connections = {
+        "trade": ("place_order", "cancel_order"),
+        "account": ("ping", "cash", "positions", "order", "recent_orders", "fills"),
+        "quote": ("quote", "market_status"),
+    }
+    sdk = "httptrading[tiger]"
+
+    # docs.itigerup.com/docs/ratelimit, taken for all methods of a class together, which is the
+    # stricter reading. A second more than its 60, because a slot got with `take` is stamped
+    # before its call.
+    windows = {
+        "high": Window(120, 61.0, kept=10),
+        "medium": Window(60, 61.0),
+        "low": Window(10, 61.0),
+    }
+    costs = {
+        "place_order": ("high",),
+        "cancel_order": ("high",),
+        "order": ("high",),
+        "recent_orders": ("high",),
+        "quote": ("high",),
+        "ping": ("medium",),
+        "cash": ("medium",),
+        "positions": ("medium",),
+        "fills": ("medium",),
+        "market_status": ("low",),
+    }
+    ages = {"market_status": 7.0, "ping": 4.0, "cash": 4.0, "positions": 4.0}
+    quote_regions: ClassVar[frozenset[str] | None] = frozenset({"US", "HK"})
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        given = self.broker_args
+        for name in ("tiger_id", "account", "pk_path"):
+            if not str(given.get(name) or "").strip():
+                raise ValueError(f"Tiger needs the argument {name}")
+        timeout = given.get("timeout", 8)
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float):
+            raise ValueError("Tiger's timeout is a number of seconds")
+        if not 1 <= timeout <= 30:
+            raise ValueError("Tiger's timeout is 1 to 30 seconds")
+        self._timeout = float(timeout)
+        self._tiger_id = str(given["tiger_id"]).strip()
+        self._account = str(given["account"]).strip()
+        self._http: tiger_http.Transport | None = None
+        self._trade: Any = None
+        self._quotes: Any = None
+        self._push: tuple[tiger_push.Address, tiger_push.Subscription] | None = None
+        self._may_quote = False  # the last quote was allowed: a denial means it was taken away
+
+    @property
+    def combinations(self) -> frozenset[Combination]:  # type: ignore[override]
+        return mapping.PAPER if self.is_paper else mapping.REAL
+
+    @property
+    def is_paper(self) -> bool:
+        """common/util/account_util.py: 17 digits and more."""
+        return self._account.isdigit() and len(self._account) >= 17
+
+    @property
+    def is_global(self) -> bool:
+        return self._account.upper().startswith("U")
+
+    def account_key(self) -> str:
+        """Tiger counts calls per tiger_id, so all its accounts share the windows."""
+        return f"tiger:{tiger_http.device_id(self._tiger_id)}"
+
+    # --- the connection ---------------------------------------------------------------------
+    def connect(self) -> None:
+        given = self.broker_args
+        key = tiger_http.read_private_key(str(given["pk_path"]))
+        self._trade, self._quotes, self._http = tiger_http.make_clients(
+            tiger_http.Credentials(
+                tiger_id=self._tiger_id,
+                account=self._account,
+                private_key=key,
+                secret_key=str(given.get("secret_key") or ""),
+                public_key=str(given.get("tiger_public_key") or ""),
+                server_url=str(given.get("server_url") or ""),
+            )
+        )
+        with self._http.within(min(CONNECT_TIMEOUT, self._timeout)):
+            if self.connection != "account":
+                self._http.open()
+            else:
+                self.take("medium")
+                if not self.ping():
+                    raise BrokerUnavailable(
+                        "Tiger knows no such account for this tiger_id; check both arguments"
+                    )
+        if self.connection == "trade":
+            self._listen(key)
+
+    def _listen(self, key: str) -> None:
+        given = self.broker_args
+        host = given.get("push_host")
+        if host is None:
+            # Never the real push with a gateway of somebody's own.
+            host = "" if given.get("server_url") else "openapi.tigerfintech.com"
+        if not host:
+            return
+        address = tiger_push.Address(
+            tiger_id=self._tiger_id,
+            host=str(host),
+            port=int(given.get("push_port") or 9883),
+            tls=bool(given.get("push_ssl", True)),
+        )
+        subscription = tiger_push.Subscription(
+            account=self._account,
+            on_order=self._order_pushed,
+            on_assets=self.stale,
+            on_back=self.restored,
+        )
+        self._push = address, subscription
+        tiger_push.subscribe(address, key, subscription)
+
+    def _order_pushed(self, data: Any) -> None:
+        if data.id > 0:
+            self.report(mapping.parse_push(data))
+
+    def close(self) -> None:
+        self._hush()
+        if self._http is not None:
+            self._http.close()
+
+    def abort(self) -> None:
+        self._hush()
+        if self._http is not None:
+            self._http.abort()
+
+    def _hush(self) -> None:
+        if self._push is not None:
+            tiger_push.unsubscribe(*self._push)
+
+    def _transport(self) -> tiger_http.Transport:
+        if self._http is None:
+            raise BrokerUnavailable("Not connected to Tiger")
+        return self._http
+
+    def _ask(self, call: Callable[[], _Result]) -> _Result:
+        """One SDK call; raises NoAnswer when its fate is open."""
+        with self._transport().within(self._timeout):
+            try:
+                return tiger_http.ask(call)
+            except tiger_http.Refused as refused:
+                said = self._masked(refused.words)
+                error = mapping.refusal(refused.code, said)
+                if error is None:
+                    raise tiger_http.NoAnswer(
+                        f"Tiger answered error {refused.code}: {said}"
+                    ) from None
+                raise error from None
+
+    def _read(self, call: Callable[[], _Result]) -> _Result:
+        try:
+            return self._ask(call)
+        except tiger_http.NoAnswer as silence:
+            kind = TimedOut if silence.late else BrokerUnavailable
+            raise kind(silence.text) from None
+
+    def _change(self, call: Callable[[], _Result]) -> _Result:
+        try:
+            return self._ask(call)
+        except tiger_http.NoAnswer as silence:
+            raise OutcomeUnknown(f"{silence.text}; whether it was done is not known yet") from None
+
+    def _masked(self, text: str) -> str:
+        secret = str(self.broker_args.get("secret_key") or "")
+        return mapping.words(text.replace(secret, "***") if secret else text)
+
+    # --- orders -----------------------------------------------------------------------------
+    def place_order(  # type: ignore[override]
+        self,
+        contract: Contract,
+        order_type: OrderType,
+        time_in_force: TimeInForce,
+        lifecycle: Lifecycle,
+        direction: str,
+        qty: int,
+        price: float | None = None,
+        *,
+        mark: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Reserves an order number, then places under it: Tiger takes each number once."""
+        if price is not None and not math.isfinite(price):
+            raise InvalidRequest("The price is not a number", {"price": ["must be a number"]})
+        outside_rth, session = mapping.TO_SESSION[lifecycle]
+        is_us_limit = contract.region == "US" and order_type is OrderType.Limit
+        with self._transport().within(self._timeout):
+            self.take("high")
+            order = self._reserve(
+                account=self._account,
+                contract=self._sdk_contract(contract),
+                action=direction,
+                order_type=mapping.TO_ORDER_TYPE[order_type],
+                quantity=qty,
+                limit_price=float(price)
+                if order_type is OrderType.Limit and price is not None
+                else None,
+                time_in_force=time_in_force.name,
+                outside_rth=outside_rth,
+                trading_session_type=session if is_us_limit else None,
+                user_mark=mark,
+            )
+            placed = self._change(lambda: self._trade.place_order(order))
+        order_id = mapping.order_id_of(placed)
+        if order_id is None:
+            raise OutcomeUnknown("Tiger took the order without telling its id")
+        return order_id
+
+    def _reserve(self, **fields: Any) -> Any:
+        try:
+            with self._transport().within(self._timeout * RESERVE_SHARE):
+                order = self._ask(lambda: self._trade.create_order(**fields))
+        except tiger_http.NoAnswer as silence:
+            raise BrokerUnavailable(f"{silence.text}; the order was not sent") from None
+        if order is None or mapping.order_id_of(order.order_id) is None:
+            raise BrokerUnavailable("Tiger gave no order number; the order was not sent")
+        return order
+
+    @staticmethod
+    def _sdk_contract(contract: Contract) -> Any:
+        from tigeropen.common.util.contract_utils import stock_contract
+
+        return stock_contract(contract.ticker, CURRENCIES[contract.region])
+
+    def cancel_order(self, order_id: str) -> None:  # type: ignore[override]
+        number_ = mapping.order_number(order_id)
+        try:
+            self._change(lambda: self._trade.cancel_order(self._account, id=number_))
+        except Rejected as refused:
+            with suppress(RateLimited, BrokerUnavailable, TimedOut):
+                self.take("high")
+                order = self.order(order_id).order
+                if order.is_completed:
+                    raise Rejected(
+                        f"The order is finished ({mapping.what_became(order)})"
+                    ) from None
+            raise refused from None
+
+    def order(self, order_id: str) -> OrderReport:  # type: ignore[override]
+        wanted = mapping.order_number(order_id)
+        found = self._read(lambda: self._trade.get_order(self._account, id=wanted))
+        if found is None or str(found.id) != order_id:
+            raise OrderNotFound("Tiger does not know the order")
+        return mapping.parse_order(found)
+
+    def recent_orders(self) -> list[OrderReport]:  # type: ignore[override]
+        """Everything of the last LISTING_DAYS, page by page, and what is open from before."""
+        since = int((datetime.now(UTC) - timedelta(days=LISTING_DAYS)).timestamp() * 1000)
+        found: dict[str, OrderReport] = {}
+        token, seen = "", {""}
+        for _ in range(MOST_PAGES):
+            page = self._read(
+                lambda token=token: self._trade.get_orders(  # type: ignore[misc]
+                    self._account, sec_type="STK", start_time=since, limit=PAGE, page_token=token
+                )
+            )
+            if page is None:
+                raise BrokerUnavailable("Tiger answered no order list")
+            found |= {str(order.id): mapping.parse_order(order) for order in page.result}
+            token = page.next_page_token or ""
+            if token in seen:
+                break
+            seen.add(token)
+            self.take("high")
+        else:
+            raise BrokerUnavailable("Tiger's order list does not end")
+        self.take("high")
+        older = self._read(
+            lambda: self._trade.get_open_orders(self._account, sec_type="STK", limit=PAGE)
+        )
+        for order in older or []:
+            found.setdefault(str(order.id), mapping.parse_order(order))
+        return list(found.values())
+
+    def fills(self, order_id: str) -> list[Fill]:  # type: ignore[override]
+        wanted = mapping.order_number(order_id)
+        if self.is_global:
+            raise Unsupported("Tiger tells the single fills of prime and paper accounts only")
+        found: list[Fill] = []
+        token, seen = "", {""}
+        while True:
+            page = self._read(
+                lambda token=token: self._trade.get_transactions(  # type: ignore[misc]
+                    self._account, order_id=wanted, limit=100, page_token=token
+                )
+            )
+            if page is not None:
+                found += [
+                    mapping.parse_fill(one) for one in page.result if str(one.order_id) == order_id
+                ]
+            token = (page.next_page_token if page is not None else "") or ""
+            if token in seen:
+                return found
+            seen.add(token)
+            self.take("medium")
+
+    # --- the account ------------------------------------------------------------------------
+    def ping(self) -> bool:  # type: ignore[override]
+        """Asks Tiger for this account: key, signature, account and gateway are all in order."""
+        known = self._read(lambda: self._trade.get_managed_accounts(self._account))
+        return any(str(one.account) == self._account for one in known or [])
+
+    def cash(self, currency: str = "USD") -> Cash:  # type: ignore[override]
+        if self.is_global:
+            accounts = self._read(lambda: self._trade.get_assets(self._account, market_value=True))
+            amounts = [
+                mapping.global_cash(one, currency)
+                for one in accounts or []
+                if str(one.account) == self._account
+            ]
+        else:
+            assets = self._read(
+                lambda: self._trade.get_prime_assets(self._account, base_currency=currency)
+            )
+            segment = assets.segments.get("S") if assets is not None else None
+            amounts = [mapping.prime_cash(segment, currency)] if segment is not None else []
+        if not amounts or amounts[0] is None:
+            raise Rejected(f"Tiger tells no available amount in {currency} for this account")
+        return Cash(currency, amounts[0])
+
+    def positions(self) -> list[Position]:  # type: ignore[override]
+        listed = self._read(lambda: self._trade.get_positions(self._account, sec_type="STK"))
+        if listed is None:
+            raise BrokerUnavailable("Tiger answered no position list")
+        found = []
+        for one in listed:
+            known = one.contract
+            contract = mapping.contract_of(
+                known.symbol, known.market, known.currency, known.sec_type
+            )
+            exact = one.position_scale is not None
+            qty = (
+                mapping.scaled(one.quantity, one.position_scale)
+                if exact
+                else mapping.number(one.position_qty)
+            )
+            if contract is None or not qty:
+                continue
+            currency = str(known.currency or CURRENCIES[contract.region])
+            found.append(
+                Position(self.broker_name, self.broker_display, contract, Unit.Share, currency, qty)
+            )
+        return found
+
+    # --- quotes -----------------------------------------------------------------------------
+    def quote(self, contract: Contract) -> Quote:  # type: ignore[override]
+        brief = self._brief(contract.ticker)
+        found = mapping.parse_quote(contract, brief) if brief else None
+        if found is None:
+            raise Rejected(f"Tiger has no price of {contract.ticker} right now")
+        return found
+
+    def _brief(self, symbol: str) -> Mapping[str, Any] | None:
+        """Quotes belong to one device: ours grabs the permission when it does not have it."""
+        try:
+            brief = self._ask_brief(symbol)
+        except Rejected as denied:
+            if not mapping.is_device_denied(denied):
+                raise
+            if self._may_quote:
+                self._may_quote = False
+                raise Rejected(
+                    "Another device of this tiger_id has taken the quote permission; "
+                    "the next request takes it back"
+                ) from None
+            self.take("low")
+            self._read(self._quotes.grab_quote_permission)
+            self.take("high")
+            brief = self._ask_brief(symbol)
+        self._may_quote = True
+        return brief
+
+    def _ask_brief(self, symbol: str) -> Mapping[str, Any] | None:
+        briefs = self._read(lambda: self._quotes.get_stock_briefs([symbol]))
+        rows: list[dict[str, Any]] = [] if briefs is None else briefs.to_dict("records")
+        return next((row for row in rows if str(row.get("symbol")) == symbol), None)
+
+    def market_status(self) -> dict[str, dict[str, MarketStatus]]:  # type: ignore[override]
+        listed = self._read(lambda: self._quotes.get_market_status("ALL"))
+        if not listed:
+            raise BrokerUnavailable("Tiger answered no market states")
+        found = {}
+        for one in listed:
+            region, word = str(one.market), str(one.trading_status or "UNKNOWN")
+            if region in CURRENCIES:
+                unified = mapping.MARKET_STATES.get(word, UnifiedStatus.UNKNOWN)
+                found[region] = MarketStatus(region, word, unified)
+        return {TradeType.Securities.value: found}

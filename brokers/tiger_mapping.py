@@ -1,0 +1,304 @@
+"""What Tiger's words and numbers mean: tables, and pure functions from the SDK's objects to ours.
+
+Sources: the SDK's code (file:line of tigeropen 3.8.0) and https://docs.itigerup.com/docs/
+(error-code, place-order, quote-common). docs/brokers/tiger.md has the same tables for people.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta, timezone
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from httptrading.brokers import tiger_http
+from httptrading.brokers.base import combine
+from httptrading.errors import BrokerUnavailable, HttpTradingError, OrderNotFound, Rejected
+from httptrading.model import (
+    CURRENCIES,
+    Contract,
+    Fill,
+    Lifecycle,
+    Number,
+    Order,
+    OrderReport,
+    OrderType,
+    Quote,
+    TimeInForce,
+    TradeType,
+    UnifiedStatus,
+)
+from httptrading.tickers import canonical_ticker
+
+# --- tables -----------------------------------------------------------------------------------
+TO_ORDER_TYPE = {OrderType.Limit: "LMT", OrderType.Market: "MKT"}
+FROM_ORDER_TYPE = {word: ours for ours, word in TO_ORDER_TYPE.items()}
+FROM_TIME_IN_FORCE = {"DAY": TimeInForce.DAY, "GTC": TimeInForce.GTC}
+
+# Lifecycle → (outside_rth, trading_session_type) of a US limit order. Always said: an order
+# without outside_rth trades outside regular hours in the US.
+TO_SESSION = {
+    Lifecycle.RTH: (False, "RTH"),
+    Lifecycle.ETH: (True, "PRE_RTH_POST"),
+    Lifecycle.OVERNIGHT: (True, "OVERNIGHT"),
+}
+
+# What ends an order; every other word (Initial, PendingSubmit, Submitted, PartiallyFilled …, and
+# whatever Tiger adds) leaves it open. The second words are the SDK's names for the same, which
+# pushes carry as well (common/consts/__init__.py:146, common/util/order_utils.py:246).
+PENDING_CANCEL = {"PendingCancel", "PENDING_CANCEL"}
+CANCELED = {"Cancelled", "CANCELLED"}
+FAILED = {
+    "Inactive": "Rejected",
+    "REJECTED": "Rejected",
+    "Invalid": "Expired",
+    "EXPIRED": "Expired",
+}
+
+MARKET_STATES = {
+    "NOT_YET_OPEN": UnifiedStatus.UNKNOWN,
+    "PRE_HOUR_TRADING": UnifiedStatus.PRE_HOURS,
+    "TRADING": UnifiedStatus.RTH,
+    "MIDDLE_CLOSE": UnifiedStatus.REST,
+    "POST_HOUR_TRADING": UnifiedStatus.AFTER_HOURS,
+    "OVERNIGHT_TRADING": UnifiedStatus.OVERNIGHT,
+    "CLOSING": UnifiedStatus.CLOSED,
+    "EARLY_CLOSING": UnifiedStatus.CLOSED,
+    "EARLY_CLOSED": UnifiedStatus.CLOSED,
+    "MARKET_CLOSED": UnifiedStatus.CLOSED,
+}
+
+REGION_OF_CURRENCY = {"USD": "US", "HKD": "HK", "CNH": "CN", "CNY": "CN"}
+
+LIMIT, MARKET = OrderType.Limit, OrderType.Market
+REAL = combine(["US"], [LIMIT], TimeInForce, Lifecycle)
+REAL |= combine(["HK"], [LIMIT], TimeInForce, [Lifecycle.RTH])
+REAL |= combine(["US", "HK"], [MARKET], [TimeInForce.DAY], [Lifecycle.RTH])
+PAPER = frozenset(one for one in REAL if one.time_in_force is TimeInForce.DAY)
+"""No GTC for market orders and paper accounts; no extended session for market orders and HK."""
+
+BEIJING = timezone(timedelta(hours=8))  # of transaction times that come without a number
+
+
+# --- parsing: pure functions ------------------------------------------------------------------
+def number(value: Any) -> Number | None:
+    """An exact number; None for what is missing: None, NaN, and the SDK's infinite defaults."""
+    try:
+        found = Decimal(str(value))
+    except InvalidOperation:
+        return None
+    if not found.is_finite():
+        return None
+    whole = found == found.to_integral_value()
+    return int(found) if whole else found
+
+
+def scaled(quantity: Any, scale: Any) -> Number:
+    """773 with scale 5 is 0.00773 shares."""
+    found = number(quantity)
+    digits = number(scale) or 0
+    if not found or not digits:
+        return found or 0
+    return number(Decimal(found).scaleb(-int(digits))) or 0
+
+
+def moment(milliseconds: Any) -> datetime | None:
+    found = number(milliseconds)
+    return datetime.fromtimestamp(float(found) / 1000, UTC) if found else None
+
+
+def order_id_of(value: Any) -> str | None:
+    """A global order id (about 4e16) as text; None for 0, None and anything else."""
+    text = str(value)
+    return text if re.fullmatch(r"[1-9][0-9]{0,18}", text) and int(text) < 2**63 else None
+
+
+def order_number(order_id: str) -> int:
+    """Tiger's global order id. Anything else is no order: the SDK drops a 0 and then takes the
+    only order there is, and `int()` reads `1_000`."""
+    if order_id_of(order_id) is None:
+        raise OrderNotFound("Tiger's order ids are whole numbers; there is no such order")
+    return int(order_id)
+
+
+def contract_of(symbol: Any, market: Any, currency: Any, sec_type: Any = "STK") -> Contract | None:
+    """None for what is no stock in a market of ours; an odd ticker stays as Tiger writes it."""
+    known = str(market) in CURRENCIES
+    region = str(market) if known else REGION_OF_CURRENCY.get(str(currency))
+    if market and not known or not region or not symbol or sec_type not in (None, "", "STK"):
+        return None
+    try:
+        ticker = canonical_ticker(region, str(symbol))
+    except ValueError:
+        ticker = str(symbol)
+    return Contract(TradeType.Securities, ticker, region)
+
+
+def lifecycle_of(outside_rth: Any, session: Any) -> Lifecycle | None:
+    """A push does not tell the session: an order outside regular hours may be an overnight one."""
+    told = {words: ours for ours, (_, words) in TO_SESSION.items()}
+    if session in told:
+        return told[session]
+    return None if outside_rth or session else Lifecycle.RTH
+
+
+def order_of(
+    order_id: Any, status: str, currency: str, qty: Number, filled: Number, avg: Any, reason: Any
+) -> Order:
+    """Filled is decided by quantities alone: a partial fill hides behind any status, `Filled` of a
+    global account included, and the SDK's computed `Order.status` compares unscaled numbers."""
+    done = filled >= qty > 0
+    failed = FAILED.get(status, "") if not done else ""
+    return Order(
+        order_id=str(order_id),
+        currency=currency,
+        qty=qty,
+        filled_qty=filled,
+        avg_price=(number(avg) or 0) if filled else 0,
+        error_reason=failed and (words(reason) or failed),
+        is_canceled=status in CANCELED and not done,
+        is_pending_cancel=status in PENDING_CANCEL,
+    )
+
+
+def parse_order(order: Any) -> OrderReport:
+    """An order of the SDK's lists (trade/response/orders_response.py `parse_order`)."""
+    contract = order.contract
+    found = contract_of(contract.symbol, contract.market, contract.currency, contract.sec_type)
+    qty, filled = (
+        scaled(order.quantity, order.quantity_scale),
+        scaled(order.filled, order.filled_scale),
+    )
+    return OrderReport(
+        order_of(
+            order.id,
+            order._status.value,
+            str(contract.currency or ""),
+            qty,
+            filled,
+            order.avg_fill_price,
+            order.reason,
+        ),
+        mark=str(order.user_mark or ""),
+        contract=found,
+        direction=order.action,
+        order_type=FROM_ORDER_TYPE.get(order.order_type),
+        price=number(order.limit_price),
+        time_in_force=FROM_TIME_IN_FORCE.get(order.time_in_force),
+        lifecycle=lifecycle_of(order.outside_rth, order.trading_session_type),
+        time=moment(order.order_time),
+    )
+
+
+def parse_push(data: Any) -> OrderReport:
+    """An OrderStatusData message (push/pb/OrderStatusData.proto); absent fields are 0 or ""."""
+    qty = scaled(data.totalQuantity, data.totalQuantityScale)
+    filled = scaled(data.filledQuantity, data.filledQuantityScale)
+    return OrderReport(
+        order_of(
+            data.id, data.status, data.currency, qty, filled, data.avgFillPrice, data.errorMsg
+        ),
+        mark=data.userMark,
+        contract=contract_of(data.symbol, data.market, data.currency, data.secType),
+        direction=data.action or None,
+        order_type=FROM_ORDER_TYPE.get(data.orderType),
+        price=number(data.limitPrice) if data.orderType == "LMT" else None,
+        time_in_force=FROM_TIME_IN_FORCE.get(data.timeInForce),
+        lifecycle=lifecycle_of(data.outsideRth, None),
+        time=moment(data.openTime),
+    )
+
+
+def parse_fill(transaction: Any) -> Fill:
+    told = moment(getattr(transaction, "transaction_time", None))
+    if told is None:
+        text = str(transaction.transacted_at)
+        told = datetime.strptime(text, "%Y-%m-%d %H:%M:%S").replace(tzinfo=BEIJING)
+    return Fill(
+        fill_id=str(transaction.id),
+        order_id=str(transaction.order_id),
+        qty=scaled(transaction.filled_quantity, transaction.filled_quantity_scale),
+        price=number(transaction.filled_price) or 0,
+        time=told,
+    )
+
+
+def parse_quote(contract: Contract, brief: Mapping[str, Any]) -> Quote | None:
+    """One row of `get_stock_briefs`; None when there is no price or no time in it."""
+    latest, time = number(brief.get("latest_price")), moment(brief.get("latest_time"))
+    if latest is None or time is None:
+        return None
+    return Quote(
+        contract=contract,
+        currency=CURRENCIES[contract.region],
+        is_tradable=brief.get("status") in (None, "", "NORMAL"),
+        latest=latest,
+        pre_close=number(brief.get("pre_close")) or 0,
+        open_price=number(brief.get("open")) or 0,
+        high_price=number(brief.get("high")) or 0,
+        low_price=number(brief.get("low")) or 0,
+        time=time,
+    )
+
+
+def prime_cash(segment: Any, currency: str) -> Number | None:
+    """`cash_available_for_trade`, which Tiger's own app shows as 可用资金; inf means absent."""
+    assets = segment.currency_assets
+    if assets:
+        held = assets.get(currency)
+        if held is None:
+            return 0
+        available = number(held.cash_available_for_trade)
+        return number(held.cash_balance) if available is None else available
+    return number(segment.cash_available_for_trade) if segment.currency == currency else None
+
+
+def global_cash(account: Any, currency: str) -> Number | None:
+    """`available_funds` in the account's own currency, the cash balance in another."""
+    if currency == (account.summary.currency or "USD"):
+        return number(account.summary.available_funds)
+    if currency not in account.market_values:
+        return 0
+    return number(account.market_values[currency].cash_balance)
+
+
+def words(text: Any) -> str:
+    """The broker's words, fit for one line."""
+    return " ".join(str(text or "").split())[:300]
+
+
+def refusal(code: int, said: str) -> HttpTradingError | None:
+    """What a refusal means; None when it leaves open whether something was done.
+
+    docs.itigerup.com/docs/error-code: 1 server error, 2 network time-out behind the gateway,
+    4 access forbidden, 5 rate limit, 1000 common and 1010 business parameter, 1100 global, 1200
+    prime, 1300 paper account. The texts tell apart what shares a code.
+    """
+    lower = said.lower()
+    if code == 5 or (code == 4 and "rate limit" in lower):
+        return tiger_http.rate_limited(said)
+    if code == 4 and "permission" in lower:
+        return Rejected(f"Tiger: {said}")
+    if code == 4:
+        return BrokerUnavailable(f"Tiger denies access ({said})")
+    if code == 1000 and ("signature" in lower or "developer information" in lower):
+        return BrokerUnavailable(
+            "Tiger does not accept the signature; check tiger_id and pk_path, and that the key is "
+            "the one registered on Tiger's site"
+        )
+    if code < 1000 or "DUPLICATE ORDER ID" in said.upper():
+        return None
+    return Rejected(f"Tiger: {said}")
+
+
+def is_device_denied(denied: Rejected) -> bool:
+    """`4000:permission denied(Current device does not have permission)`; a market without a
+    subscription is denied in other words, and grabbing would not help."""
+    return "permission" in denied.text.lower() and "device" in denied.text.lower()
+
+
+def what_became(order: Order) -> str:
+    if order.is_filled:
+        return "filled"
+    return order.error_reason or "cancelled"
