@@ -1,0 +1,547 @@
+"""Futu and moomoo through OpenD.
+
+The tables and translations are in futu_vocabulary.py, what the SDK must be kept from doing in
+futu_sdk.py, facts and quirks in docs/brokers/futu.md. Pages named here are those of
+https://openapi.futunn.com/futu-api-doc/.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime, timedelta
+from decimal import Decimal
+from typing import Any, ClassVar
+
+from httptrading.brokers import futu_sdk
+from httptrading.brokers.base import BaseBroker, Combination, Window
+from httptrading.brokers.futu_vocabulary import (
+    CASH_FIELDS,
+    MARKET_OF_CURRENCY,
+    REAL,
+    SIMULATE,
+    TO_ORDER_TYPE,
+    TO_SESSION,
+    Account,
+    number,
+    parse_accounts,
+    parse_fill,
+    parse_market_states,
+    parse_order,
+    parse_position,
+    parse_quote,
+    to_code,
+)
+from httptrading.brokers.registry import broker_register
+from httptrading.errors import (
+    BrokerUnavailable,
+    OrderNotFound,
+    OutcomeUnknown,
+    RateLimited,
+    Rejected,
+    TimedOut,
+    Unsupported,
+)
+from httptrading.model import (
+    CURRENCIES,
+    Cash,
+    Contract,
+    Fill,
+    Lifecycle,
+    MarketStatus,
+    OrderReport,
+    OrderType,
+    Position,
+    Quote,
+    TimeInForce,
+)
+
+ARGUMENTS = {"host", "port", "trade_env", "pk_path", "unlock_pin", "security_firm", "acc_id"}
+
+REFUSED = -1  # Common.proto RetType_Failed; -100, -200, -400 and -500 leave the outcome open
+OFTEN = re.compile(r"频率太高|頻率太高|too (high|often|frequent)|frequen", re.IGNORECASE)
+LOCKED = re.compile(r"解锁|解鎖|unlock", re.IGNORECASE)
+WRONG_PIN = re.compile(r"密码|密碼|password|pwd", re.IGNORECASE)
+
+
+class _Locked(Rejected):
+    """OpenD wants UnlockTrade first; the request was refused."""
+
+
+@broker_register("futu", "富途证券")
+class Futu(BaseBroker):
+    """One environment (REAL or SIMULATE) of an OpenD login.
+
+    Arguments: `host`, `port`, `trade_env`; optional `pk_path` (RSA key where OpenD encrypts),
+    `unlock_pin` (MD5 of the trading password), `security_firm` (default: the first real account's),
+    `acc_id` (default: the first account that trades the order's market).
+    """
+
+    package: ClassVar[str] = "futu"
+    sdk: ClassVar[str] = "httptrading[futu]"
+    connections: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "trade": (
+            "ping",
+            "cash",
+            "positions",
+            "order",
+            "recent_orders",
+            "fills",
+            "place_order",
+            "cancel_order",
+        ),
+        "quote": ("quote", "market_status"),
+    }
+    # trade/place-order.html, modify-order.html, unlock.html, get-order-list.html (counted only with
+    # refresh_cache), get-history-order-list.html, quote/get-market-snapshot.html. The lists are
+    # limited per account: paper accounts are one per market.
+    windows: ClassVar[Mapping[str, Window]] = {
+        "place": Window(15, 30, gap=0.02),
+        "cancel": Window(20, 30, gap=0.04),
+        "unlock": Window(10, 30),
+        "quote": Window(60, 30),
+        **{
+            f"{name} {region}": Window(10, 30)
+            for name in ("orders", "history", "positions", "cash", "fills")
+            for region in CURRENCIES
+        },
+    }
+    costs: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "place_order": ("place",),
+        "cancel_order": ("cancel",),
+        "quote": ("quote",),
+    }
+    ages: ClassVar[Mapping[str, float]] = {"recent_orders": 3.0}
+
+    def __init__(
+        self,
+        broker_args: Mapping[str, Any] | None = None,
+        instance_id: str | None = None,
+        tokens: Iterable[str] | None = None,
+    ) -> None:
+        super().__init__(broker_args, instance_id, tokens)
+        given = self.broker_args
+        if unknown := sorted(set(given) - ARGUMENTS):
+            raise ValueError(f"unknown arguments for {type(self).__name__}: {', '.join(unknown)}")
+        self._host = str(given.get("host") or "127.0.0.1")
+        self._port = int(given.get("port") or 11111)
+        self._env = str(given.get("trade_env") or "")
+        if self._env not in ("REAL", "SIMULATE"):
+            raise ValueError("trade_env is REAL or SIMULATE")
+        self._pk_path = str(given.get("pk_path") or "")
+        self._pin = str(given.get("unlock_pin") or "").lower()
+        if self._pin and not re.fullmatch(r"[0-9a-f]{32}", self._pin):
+            raise ValueError("unlock_pin is the MD5 of the trading password: 32 hex digits")
+        self._firm = str(given.get("security_firm") or "N/A")
+        self._acc_id = int(given.get("acc_id") or 0)
+        # Shared by all copies: a pin once refused is not tried again, Futu locks the account.
+        self._pin_refusals: list[str] = []
+        self._context: Any = None
+        self._accounts: list[Account] = []
+        self._account_of: dict[str, Account] = {}  # order id → account
+        self._refreshed: set[str] = set()
+
+    @property
+    def isolation(self) -> str:  # type: ignore[override]
+        """The SDK's key and its table of connection ids are process-wide: an encrypted instance
+        would break a plain one beside it (common/utils.py:929, common/conn_mng.py)."""
+        return "process" if self._pk_path else "thread"
+
+    @property
+    def combinations(self) -> frozenset[Combination]:  # type: ignore[override]
+        return REAL if self._env == "REAL" else SIMULATE
+
+    def account_key(self) -> str:
+        where = f"{self._host}:{self._port}:{self._env}:{self._acc_id}"
+        return f"{self.broker_name}:{hashlib.sha256(where.encode()).hexdigest()}"
+
+    def check_contract(self, contract: Contract) -> None:
+        super().check_contract(contract)
+        to_code(contract)
+
+    def check_order(
+        self,
+        contract: Contract,
+        order_type: OrderType,
+        time_in_force: TimeInForce,
+        lifecycle: Lifecycle,
+        direction: str,
+        qty: int,
+        price: float | None,
+    ) -> None:
+        super().check_order(contract, order_type, time_in_force, lifecycle, direction, qty, price)
+        to_code(contract)
+        places = 4 if contract.region == "US" and (price or 0) < 1 else 3
+        exponent = Decimal(repr(price or 0)).normalize().as_tuple().exponent
+        if -int(exponent) > places:
+            raise Unsupported(
+                f"{self.broker_display} takes prices of at most {places} decimals here and would "
+                "cut the rest off"
+            )
+
+    # --- the connection ---------------------------------------------------------------------
+    def connect(self) -> None:
+        sdk = futu_sdk.load(self.package, self.data_dir)
+        futu_sdk.use_key(sdk, self._pk_path)
+        where = {
+            "host": futu_sdk.probe(self._host, self._port, "OpenD"),
+            "port": self._port,
+            "is_encrypt": bool(self._pk_path),
+            "security_firm": self._firm,
+        }
+        if self.connection == "quote":
+            self._open(sdk.OpenQuoteContext, **where)
+        else:
+            self._open(sdk.OpenSecTradeContext, filter_trdmarket="N/A", **where)
+        self._check_login()
+        self._context.set_handler(self._notify_handler(sdk))
+        if self.connection == "trade":
+            self._choose_accounts()
+            self._context.set_handler(self._order_handler(sdk))
+            self._context.set_handler(self._fill_handler(sdk))
+
+    def _open(self, base: type, **arguments: Any) -> None:
+        def keep(context: Any) -> None:
+            self._context = context
+
+        futu_sdk.open_context(base, self.lost, keep, **arguments)
+
+    def _check_login(self) -> Mapping[str, Any]:
+        state: Mapping[str, Any] = self._ask(self._context.get_global_state, check_login=False)
+        if not _logged_in(state, self.connection):
+            raise BrokerUnavailable(
+                f"OpenD is running but not logged in (it says {state['program_status_type']}): "
+                "log in there"
+            )
+        return state
+
+    def _choose_accounts(self) -> None:
+        rows = self._ask(self._context.keep_accounts).to_dict("records")
+        self._accounts = parse_accounts(rows, self._env, self._acc_id)
+        if not self._accounts:
+            wanted = f"no {self._env} account" + (" with this acc_id" if self._acc_id else "")
+            raise BrokerUnavailable(f"The OpenD login has {wanted} (security_firm {self._firm})")
+
+    def close(self) -> None:
+        if self._context is not None:
+            futu_sdk.close_context(self._context)
+
+    abort = close
+
+    # --- orders -------------------------------------------------------------------------------
+    def place_order(  # type: ignore[override]
+        self,
+        contract: Contract,
+        order_type: OrderType,
+        time_in_force: TimeInForce,
+        lifecycle: Lifecycle,
+        direction: str,
+        qty: int,
+        price: float | None = None,
+        *,
+        mark: str = "",
+        **kwargs: Any,
+    ) -> str:
+        account = self._account(contract.region)
+        american = contract.region == "US"
+        table = self._change(
+            "place",
+            self._context.place_order,
+            acc_id=account.acc_id,
+            code=to_code(contract),
+            trd_side=direction,
+            order_type=TO_ORDER_TYPE[order_type],
+            qty=qty,
+            price=price or 0.0,  # required and ignored for market orders (qa/trade.html Q9)
+            time_in_force=time_in_force.name,
+            session=TO_SESSION[lifecycle] if american else "N/A",
+            fill_outside_rth=american and lifecycle is Lifecycle.ETH,
+            remark=mark or None,
+        )
+        order_id = str(table["order_id"][0])
+        if not order_id:
+            raise OutcomeUnknown("OpenD took the order and gave no order id")
+        self._account_of[order_id] = account
+        return order_id
+
+    def cancel_order(self, order_id: str) -> None:  # type: ignore[override]
+        account = self._account_of.get(order_id)
+        if account is None:
+            account = self._accounts[0] if len(self._accounts) == 1 else self._find(order_id)[1]
+        try:
+            self._change(
+                "cancel",
+                self._context.modify_order,
+                acc_id=account.acc_id,
+                modify_order_op="CANCEL",
+                order_id=order_id,
+                qty=0,
+                price=0,
+            )
+        except Rejected as refused:
+            order = self._find(order_id)[0].order  # OrderNotFound says more than the refusal
+            if order.is_completed:
+                raise Rejected(f"The order is finished already: {refused.text}") from None
+            raise
+
+    def order(self, order_id: str) -> OrderReport:  # type: ignore[override]
+        return self._find(order_id)[0]
+
+    def recent_orders(self) -> list[OrderReport]:  # type: ignore[override]
+        """Open and today's orders from the server, and since yesterday what is finished: an order
+        done right before midnight is no longer in the list of today's."""
+        found: dict[str, OrderReport] = {}
+        for account in self._accounts:
+            self.take(self._window("orders", account))
+            rows = self._rows(self._context.order_list_query, account, refresh_cache=True)
+            for row in self._history(account, days=3) + rows:
+                report = self._remember(row, account)
+                if report is not None:
+                    found[report.order.order_id] = report
+        return list(found.values())
+
+    def fills(self, order_id: str) -> list[Fill]:  # type: ignore[override]
+        if self._env == "SIMULATE":
+            raise Unsupported("Paper accounts at Futu have no list of fills")  # qa/trade.html Q1
+        account = self._find(order_id)[1]
+        rows = self._rows(self._context.deal_list_query, account)
+        if not any(row["order_id"] == order_id for row in rows):
+            self.take(self._window("fills", account))
+            rows = self._rows(self._context.history_deal_list_query, account, **_dates(90))
+        return [fill for row in rows if row["order_id"] == order_id and (fill := parse_fill(row))]
+
+    def _find(self, order_id: str) -> tuple[OrderReport, Account]:
+        """Open and today's orders first (OpenD's own memory, not limited), then 90 days back."""
+        known = self._account_of.get(order_id)
+        accounts = [known] if known else self._accounts
+        for account in accounts:
+            rows = self._rows(self._context.order_list_query, account, order_id=order_id)
+            for row in rows:
+                if row["order_id"] == order_id and (report := self._remember(row, account)):
+                    return report, account
+        for account in accounts:
+            for row in self._history(account, days=90):
+                if row["order_id"] == order_id and (report := self._remember(row, account)):
+                    return report, account
+        raise OrderNotFound(f"{self.broker_display} knows no order {order_id}")
+
+    def _history(self, account: Account, days: int) -> list[dict[str, Any]]:
+        self.take(self._window("history", account))
+        return self._rows(self._context.history_order_list_query, account, **_dates(days))
+
+    def _remember(self, row: Mapping[str, Any], account: Account) -> OrderReport | None:
+        report = parse_order(row)
+        if report is not None:
+            self._account_of[report.order.order_id] = account
+        return report
+
+    # --- money and holdings -------------------------------------------------------------------
+    def cash(self, currency: str = "USD") -> Cash:  # type: ignore[override]
+        if currency not in CASH_FIELDS:
+            known = ", ".join(CASH_FIELDS)
+            raise Unsupported(f"{self.broker_display} does not tell cash in {currency}: {known}")
+        region = MARKET_OF_CURRENCY.get(currency, "")
+        account = next((one for one in self._accounts if one.serves(region)), self._accounts[0])
+        shown = "CNH" if currency == "CNY" else currency
+        rows = self._rows(
+            self._context.accinfo_query,
+            account,
+            refresh_cache=self._refresh("cash", account),
+            currency=shown,
+        )
+        amount = rows[0][CASH_FIELDS[currency]]
+        if isinstance(amount, str):  # N/A: no list of currencies, as with paper accounts
+            if len(account.markets) > 1:
+                amount = 0  # an account of several currencies holds none of this one
+            elif account.serves(region):
+                amount = rows[0]["cash"]
+            else:
+                raise Unsupported(f"There is no {self._env} account that holds {currency}")
+        return Cash(currency, number(amount))
+
+    def positions(self) -> list[Position]:  # type: ignore[override]
+        found = [
+            parse_position(row, self.broker_name, self.broker_display)
+            for account in self._accounts
+            for row in self._rows(
+                self._context.position_list_query,
+                account,
+                refresh_cache=self._refresh("positions", account),
+            )
+        ]
+        return [position for position in found if position is not None]
+
+    # --- market -------------------------------------------------------------------------------
+    def quote(self, contract: Contract) -> Quote:  # type: ignore[override]
+        table = self._ask(self._context.get_market_snapshot, [to_code(contract)])
+        rows = table.to_dict("records")
+        if not rows:
+            raise Rejected(f"{self.broker_display} has no quote for {to_code(contract)}")
+        return parse_quote(rows[0], contract)
+
+    def market_status(self) -> dict[str, dict[str, MarketStatus]]:  # type: ignore[override]
+        return {"securities": parse_market_states(self._ask(self._context.get_global_state))}
+
+    def ping(self) -> bool:  # type: ignore[override]
+        """Whether OpenD is logged in at the trade servers, not merely connected to us."""
+        self._check_login()
+        return True
+
+    # --- requests -----------------------------------------------------------------------------
+    def _account(self, region: str) -> Account:
+        for account in self._accounts:
+            if account.serves(region):
+                return account
+        raise Unsupported(f"This login has no {self._env} account for region {region}")
+
+    def _window(self, name: str, account: Account) -> str:
+        return f"{name} {next((r for r in CURRENCIES if account.serves(r)), 'US')}"
+
+    def _refresh(self, name: str, account: Account) -> bool:
+        """True for the first request of a connection: later ones read OpenD's memory, which
+        pushes keep current and no limit holds back."""
+        window = self._window(name, account)
+        if window in self._refreshed:
+            return False
+        self.take(window)
+        self._refreshed.add(window)
+        return True
+
+    def _rows(
+        self, function: Callable[..., Any], account: Account, **arguments: Any
+    ) -> list[dict[str, Any]]:
+        """The rows of one of the SDK's list queries."""
+        table = self._ask(function, trd_env=self._env, acc_id=account.acc_id, **arguments)
+        rows: list[dict[str, Any]] = table.to_dict("records")
+        return rows
+
+    def _change(self, window: str, function: Callable[..., Any], **arguments: Any) -> Any:
+        """Places or cancels; when OpenD refuses because trading is locked, unlocks and asks again.
+
+        The refusal proves that nothing was done, so this is no second order.
+        """
+        try:
+            return self._ask(function, changes=True, trd_env=self._env, **arguments)
+        except _Locked:
+            self._unlock()
+            self.take(window)
+            time.sleep(self.windows[window].gap)
+            return self._ask(function, changes=True, trd_env=self._env, **arguments)
+
+    def _unlock(self) -> None:
+        """Unlocking is a state of OpenD, for all its clients, until it restarts (unlock.html)."""
+        if not self._pin:
+            raise Rejected(
+                "Trading is locked in OpenD, and nothing was sent to the market: unlock it there, "
+                "or configure unlock_pin"
+            )
+        if self._pin_refusals:
+            raise Rejected(self._pin_refusals[0])
+        self.take("unlock")
+        try:
+            self._ask(self._context.unlock_trade, password_md5=self._pin)
+        except Rejected as refused:
+            words = f"OpenD refused to unlock trading, nothing was sent to the market: {refused}"
+            if WRONG_PIN.search(refused.text):
+                words += ". unlock_pin is not tried again before the service is restarted"
+                self._pin_refusals.append(words)
+            raise Rejected(words) from None
+
+    def _ask(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        changes: bool = False,
+        check_login: bool = True,
+        **arguments: Any,
+    ) -> Any:
+        """One request; its data, or the error that OpenD's answer or silence means."""
+        context = self._context
+        context.begin()
+        ret, data = function(*args, **arguments)
+        if ret == 0:
+            return data
+        if context.answer is not None and context.answer[0] == REFUSED:
+            raise self._refusal(str(context.answer[1]), check_login)
+        if str(data) in futu_sdk.NOT_SENT:
+            raise BrokerUnavailable("The connection to OpenD is broken")
+        if not context.packed:
+            raise Unsupported(f"The {self.package} SDK does not take this request: {data}")
+        self.lost("OpenD does not answer as it should")
+        if changes:
+            raise OutcomeUnknown("Sent to OpenD, but no clear answer came back")
+        raise TimedOut("OpenD gave no clear answer in time")
+
+    def _refusal(self, words: str, check_login: bool) -> Exception:
+        """What OpenD's refusal means; a refused request was not done."""
+        if OFTEN.search(words):
+            seconds = re.search(r"(\d+)\s*(秒|s)", words)
+            return RateLimited(words, retry_after=float(seconds[1]) if seconds else 30.0)
+        if LOCKED.search(words):
+            return _Locked(words)
+        if check_login:
+            self._check_login()
+        return Rejected(words or "OpenD refused without giving a reason")
+
+    # --- pushes, on the SDK's callback thread -------------------------------------------------
+    def _order_handler(self, sdk: Any) -> Any:
+        def on_order(row: Mapping[str, Any], account: Account) -> None:
+            if (report := self._remember(row, account)) is not None:
+                self.report(report)
+            self.stale()
+
+        return self._handler(sdk.TradeOrderHandlerBase, on_order)
+
+    def _fill_handler(self, sdk: Any) -> Any:
+        def on_fill(row: Mapping[str, Any], _account: Account) -> None:
+            if (fill := parse_fill(row)) is not None:
+                self.report_fills(fill)
+
+        return self._handler(sdk.TradeDealHandlerBase, on_fill)
+
+    def _handler(self, base: type, on_row: Callable[[Mapping[str, Any], Account], None]) -> Any:
+        accounts = {account.acc_id: account for account in self._accounts}
+
+        class Handler(base):  # type: ignore[misc]
+            def on_recv_rsp(self, rsp_pb: Any) -> Any:
+                ret, table = super().on_recv_rsp(rsp_pb)
+                account = accounts.get(rsp_pb.s2c.header.accID)
+                if ret == 0 and account is not None:
+                    on_row(table.to_dict("records")[0], account)
+                return ret, table
+
+        return Handler()
+
+    def _notify_handler(self, sdk: Any) -> Any:
+        field = "qotLogined" if self.connection == "quote" else "trdLogined"
+        lost = self.lost
+
+        class Handler(sdk.SysNotifyHandlerBase):  # type: ignore[misc]
+            def on_recv_rsp(self, rsp_pb: Any) -> Any:
+                state = rsp_pb.s2c
+                if state.HasField("connectStatus") and not getattr(state.connectStatus, field):
+                    lost("OpenD is no longer logged in")
+                return super().on_recv_rsp(rsp_pb)
+
+        return Handler()
+
+
+@broker_register("moomoo", "moomoo")
+class Moomoo(Futu):
+    """Futu's international brand: the same OpenD and protocol, the SDK package `moomoo`."""
+
+    package: ClassVar[str] = "moomoo"
+    sdk: ClassVar[str] = "httptrading[moomoo]"
+
+
+def _logged_in(state: Mapping[str, Any], connection: str) -> bool:
+    login = state["qot_logined"] if connection == "quote" else state["trd_logined"]
+    return bool(login) and state["program_status_type"] in ("READY", "N/A")
+
+
+def _dates(days: int) -> dict[str, str]:
+    """A range for the history queries: up to tomorrow, since the SDK takes the local date."""
+    tomorrow = datetime.now().date() + timedelta(days=1)
+    return {"start": str(tomorrow - timedelta(days=days - 1)), "end": str(tomorrow)}

@@ -1,0 +1,187 @@
+"""The futu SDK (or its twin moomoo) made fit for a gateway: quiet, bounded, one request per call.
+
+What the SDK does otherwise (futu-api 10.11, paths below `futu/`): its constructors retry for ever
+(common/open_context_base.py:92), it reconnects by itself after 6 s, its import takes over SIGINT
+(`__init__.py`:132) and logs below `$HOME` and to stdout (common/ft_logger.py:71), every trade call
+first asks for the account list and placing is followed by up to three order queries
+(trade/open_trade_context.py:247,623), and errors are mere texts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from httptrading.errors import BrokerUnavailable
+
+PROBE_SECONDS = 3.0
+CONNECT_SECONDS = 4.0
+"""What an OpenD may take to accept a connection, and to answer InitConnect and GetAccList."""
+
+SILENT_SECONDS = 20.0
+"""OpenD answers a KeepAlive every 8 s; a connection silent for longer is dead."""
+
+NOT_SENT = {"Connect timeout", "Connection closed", "Context status bad"}
+"""The SDK's texts that mean that no request left it (open_context_base.py:293-305)."""
+
+_importing = threading.Lock()
+_key_of: dict[str, str] = {}  # SDK package → the key file its process-wide settings hold
+
+
+def load(package: str, home: Path) -> ModuleType:
+    """Imports the SDK with its logs below `home`; stdout, SIGINT and `HOME` stay as they were."""
+    importlib.import_module("pandas")  # the slow part of the import, before HOME is touched
+    with _importing:
+        if package in sys.modules:
+            return sys.modules[package]
+        main = threading.current_thread() is threading.main_thread()
+        handler = signal.getsignal(signal.SIGINT) if main else None
+        before = {name: os.environ.get(name) for name in ("HOME", "appdata")}
+        os.environ.update(dict.fromkeys(before, str(home)))
+        try:
+            sdk = importlib.import_module(package)
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+            if main and handler is not None:
+                signal.signal(signal.SIGINT, handler)
+        sdk.SysConfig.set_all_thread_daemon(True)
+        sdk.SysConfig.enable_console_log(False)
+        sdk.common.ft_logger.logger.file_level = logging.WARNING
+        sdk.common.utils.print = lambda *_: None  # binary2pb prints what it cannot parse
+    return sdk
+
+
+def use_key(sdk: ModuleType, pk_path: str) -> None:
+    """Sets the RSA key for InitConnect ("": none). The SDK keeps one per process, and encrypts
+    with it whenever it is set (common/utils.py:929): a second one must not come in."""
+    if _key_of.setdefault(sdk.__name__, pk_path) != pk_path:
+        raise BrokerUnavailable(
+            "Instances with different pk_path cannot share a process: set isolation = process"
+        )
+    if not pk_path or sdk.SysConfig.INIT_RSA_FILE == pk_path:
+        return
+    try:
+        key = importlib.import_module("Crypto.PublicKey.RSA").import_key(Path(pk_path).read_bytes())
+    except (OSError, ValueError, IndexError, TypeError):
+        key = None
+    if key is None or not key.has_private() or key.size_in_bits() != 1024:
+        raise BrokerUnavailable(
+            "pk_path is not the RSA private key that OpenD uses (PEM, 1024 bit, no password)"
+        )
+    sdk.SysConfig.set_init_rsa_file(pk_path)
+    sdk.SysConfig.RSA_OBJ = key  # so that the SDK does not open (and never close) the file
+
+
+def probe(host: str, port: int, product: str) -> str:
+    """The IPv4 address where something listens; the SDK's own attempts would never give up."""
+    try:
+        address = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)[0][4]
+        with socket.create_connection((str(address[0]), port), PROBE_SECONDS):
+            return str(address[0])
+    except OSError as error:
+        raise BrokerUnavailable(
+            f"{product} does not listen at {host}:{port} ({error.strerror or 'no answer'}); "
+            "start it, or correct host and port"
+        ) from None
+
+
+def open_context(
+    base: type, lost: Callable[[str], None], keep: Callable[[Any], None], **arguments: Any
+) -> Any:
+    """Connects a context of the SDK class `base`; BrokerUnavailable within `CONNECT_SECONDS`.
+
+    `keep` gets the context before it connects, so that another thread can close it. `lost` is
+    called once when an open connection ends by itself.
+    """
+
+    class Context(base):  # type: ignore[misc]
+        """One attempt, one connection, one wire request per call, and what became of it."""
+
+        _auto_reconnect = property(lambda self: False, lambda self, value: None)
+        packed = False  # the last request was made and handed to the network
+        answer: Any = None  # OpenD's (retType, retMsg) to the last request, or None
+        closing = False
+        _accounts: Any = None
+        _placing = False
+
+        def begin(self) -> None:
+            self.packed, self.answer = False, None
+
+        def _get_sync_query_processor(self, pack_func: Any, unpack_func: Any) -> Any:
+            def pack(**values: Any) -> Any:
+                packed = pack_func(**values)
+                self.packed = packed[0] == 0
+                return packed
+
+            def unpack(response: Any) -> Any:
+                self.answer = (response.retType, response.retMsg)
+                return unpack_func(response)
+
+            return super()._get_sync_query_processor(pack, unpack)
+
+        def get_acc_list(self) -> Any:
+            """Asked once: the SDK wants it before every trade call."""
+            return (0, self._accounts) if self._accounts is not None else super().get_acc_list()
+
+        def keep_accounts(self) -> Any:
+            ret, table = super().get_acc_list()
+            self._accounts = table if ret == 0 else None
+            return ret, table
+
+        def place_order(self, *args: Any, **values: Any) -> Any:
+            self._placing = True
+            try:
+                return super().place_order(*args, **values)
+            finally:
+                self._placing = False
+
+        def _order_list_query_impl(self, *args: Any, **values: Any) -> Any:
+            if self._placing:  # the three queries after placing
+                return 0, [{"order_id": values.get("order_id", args[0] if args else "")}]
+            return super()._order_list_query_impl(*args, **values)
+
+        def on_disconnect(self, conn_id: int, reason: Any, msg: str) -> None:
+            was_ready = self._status == "READY"
+            super().on_disconnect(conn_id, reason, msg)
+            if was_ready and not self.closing:
+                lost("The connection to OpenD ended")
+
+    context = Context.__new__(Context)
+    keep(context)
+    watchdog = threading.Timer(CONNECT_SECONDS, close_context, (context,))
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        Context.__init__(context, **arguments)
+    finally:
+        watchdog.cancel()
+    if context.status != "READY" or context.closing:
+        close_context(context)
+        raise BrokerUnavailable(
+            "OpenD accepts connections but does not answer: it may be starting, or encryption is "
+            "set up there and not here (pk_path), or the other way round"
+        )
+    context.set_sync_query_connect_timeout(0.2)
+    context._conn_alive_timeout = SILENT_SECONDS
+    return context
+
+
+def close_context(context: Any) -> None:
+    """Ends a context in any state, from any thread, without waiting; twice does no harm."""
+    context.closing = True
+    status = getattr(context, "_status", None)  # None: the constructor has not begun
+    if status is None or status == "CONNECTING":
+        return  # closed now, the SDK would wait for ever for the end of its own connect (20 s)
+    context.close()
+    if context.status != "READY":
+        context._close_callback_executor()

@@ -1,0 +1,250 @@
+"""Futu's words and ours: the tables, and pure translations of what the SDK shows.
+
+Facts: https://openapi.futunn.com/futu-api-doc/ (pages named where used) and the SDK's own source
+(futu-api 10.11, paths below `futu/`); summed up in docs/brokers/futu.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from httptrading.brokers.base import combine
+from httptrading.errors import Unsupported
+from httptrading.model import (
+    CURRENCIES,
+    Contract,
+    Fill,
+    Lifecycle,
+    MarketStatus,
+    Number,
+    Order,
+    OrderReport,
+    OrderType,
+    Position,
+    Quote,
+    TimeInForce,
+    TradeType,
+    UnifiedStatus,
+    Unit,
+)
+from httptrading.tickers import canonical_ticker, cn_exchange
+
+TO_ORDER_TYPE = {OrderType.Limit: "NORMAL", OrderType.Market: "MARKET"}
+FROM_ORDER_TYPE = {word: ours for ours, word in TO_ORDER_TYPE.items()}
+FROM_TIME_IN_FORCE = {"DAY": TimeInForce.DAY, "GTC": TimeInForce.GTC}
+TO_SESSION = {Lifecycle.RTH: "RTH", Lifecycle.ETH: "ETH", Lifecycle.OVERNIGHT: "OVERNIGHT"}
+FROM_SESSION = {word: ours for ours, word in TO_SESSION.items()}
+
+# Order status (common/constant.py:1591, Trd_Common.proto OrderStatus). Every other one is open:
+# TIMEOUT means that the result is not known yet.
+CANCELED = {"CANCELLED_PART", "CANCELLED_ALL"}
+PENDING_CANCEL = {"CANCELLING_PART", "CANCELLING_ALL"}
+FAILED = {"SUBMIT_FAILED", "FAILED", "DISABLED", "DELETED", "FILL_CANCELLED"}
+
+# Market state (qa/quote.html Q14). What is not listed is UNKNOWN: before the open, the auctions,
+# futures and index options only, and numbers the SDK has no name for.
+MARKET_STATES = {
+    "MORNING": UnifiedStatus.RTH,
+    "AFTERNOON": UnifiedStatus.RTH,
+    "REST": UnifiedStatus.REST,
+    "CLOSED": UnifiedStatus.CLOSED,
+    "PRE_MARKET_BEGIN": UnifiedStatus.PRE_HOURS,
+    "AFTER_HOURS_BEGIN": UnifiedStatus.AFTER_HOURS,
+    "AFTER_HOURS_END": UnifiedStatus.CLOSED,
+    "OVERNIGHT": UnifiedStatus.OVERNIGHT,
+    "HK_CAS": UnifiedStatus.CLOSED,
+    "ASHARE_AFTER_HOURS_WAIT": UnifiedStatus.CLOSED,
+    "ASHARE_AFTER_HOURS_BEGIN": UnifiedStatus.AFTER_HOURS,
+    "ASHARE_AFTER_HOURS_END": UnifiedStatus.CLOSED,
+    "STIB_AFTER_HOURS_WAIT": UnifiedStatus.CLOSED,  # the same three, as older SDKs call them
+    "STIB_AFTER_HOURS_BEGIN": UnifiedStatus.AFTER_HOURS,
+    "STIB_AFTER_HOURS_END": UnifiedStatus.CLOSED,
+}
+OPENNESS = [UnifiedStatus.RTH, UnifiedStatus.AFTER_HOURS, UnifiedStatus.REST, UnifiedStatus.UNKNOWN]
+
+TRADE_MARKETS = {"US": {"US"}, "HK": {"HK"}, "CN": {"HKCC", "CN"}}  # REAL, paper account
+REGION_OF_MARKET = {"US": "US", "HK": "HK", "SH": "CN", "SZ": "CN"}
+ZONES = {"US": "America/New_York", "HK": "Asia/Hong_Kong", "CN": "Asia/Shanghai"}
+CASH_FIELDS = {  # trade/get-funds.html: the real balance in each currency
+    "USD": "us_cash",
+    "HKD": "hk_cash",
+    "CNH": "cn_cash",
+    "CNY": "cn_cash",
+    "SGD": "sg_cash",
+    "JPY": "jp_cash",
+    "AUD": "au_cash",
+    "CAD": "ca_cash",
+    "MYR": "my_cash",
+}
+MARKET_OF_CURRENCY = {"USD": "US", "HKD": "HK", "CNH": "CN", "CNY": "CN"}
+REAL = combine(
+    ["US"], [OrderType.Limit], TimeInForce, [Lifecycle.RTH, Lifecycle.ETH, Lifecycle.OVERNIGHT]
+)
+REAL |= combine(["US"], [OrderType.Market], TimeInForce, [Lifecycle.RTH])
+REAL |= combine(["HK", "CN"], [OrderType.Limit], TimeInForce, [Lifecycle.RTH])
+REAL |= combine(["HK"], [OrderType.Market], [TimeInForce.DAY], [Lifecycle.RTH])
+# Paper accounts: the day only, regular hours only (qa/trade.html Q1).
+SIMULATE = combine(["US", "HK", "CN"], OrderType, [TimeInForce.DAY], [Lifecycle.RTH])
+
+
+# --- pure translations ------------------------------------------------------------------------
+def number(value: Any) -> Number:
+    """A double of the wire, whole where it is whole; 0 where the SDK says `N/A`."""
+    if isinstance(value, str) or value != value:
+        return 0
+    return int(value) if float(value).is_integer() else float(value)
+
+
+def to_code(contract: Contract) -> str:
+    """`US.BRK.B`, `HK.00700`, `SZ.000001` (qa/quote.html Q15)."""
+    try:
+        market = cn_exchange(contract.ticker) if contract.region == "CN" else contract.region
+    except ValueError as error:  # Beijing has no market at Futu (common/constant.py:423)
+        raise Unsupported(str(error)) from None
+    return f"{market}.{contract.ticker}"
+
+
+def to_contract(code: str) -> Contract | None:
+    """None for what is no security of the three regions: options, futures, other markets."""
+    market, _, ticker = code.partition(".")
+    region = REGION_OF_MARKET.get(market, "")
+    try:
+        return Contract(TradeType.Securities, canonical_ticker(region, ticker), region)
+    except ValueError:
+        return None
+
+
+def parse_time(text: str, region: str) -> datetime:
+    """`2026-03-02 09:30:00[.123]` in the market's own time (US: New York)."""
+    return datetime.fromisoformat(text).replace(tzinfo=ZoneInfo(ZONES[region]))
+
+
+def parse_order(row: Mapping[str, Any]) -> OrderReport | None:
+    """A row of an order list or a push; None when it is no order for a security."""
+    contract = to_contract(row["code"])
+    if contract is None:
+        return None
+    status = str(row["order_status"])
+    words = str(row["last_err_msg"] or "")
+    failure = f"{status}: {words}" if words else status
+    currency = str(row["currency"])
+    order = Order(
+        order_id=str(row["order_id"]),
+        currency=currency if currency in CASH_FIELDS else CURRENCIES[contract.region],
+        qty=number(row["qty"]),
+        filled_qty=number(row["dealt_qty"]),
+        avg_price=number(row["dealt_avg_price"]),
+        error_reason=failure if status in FAILED else "",
+        is_canceled=status in CANCELED,
+        is_pending_cancel=status in PENDING_CANCEL,
+    )
+    order_type = FROM_ORDER_TYPE.get(row["order_type"])
+    session = FROM_SESSION.get(row["session"])
+    if session is None:
+        session = Lifecycle.ETH if row["fill_outside_rth"] is True else Lifecycle.RTH
+    return OrderReport(
+        order,
+        mark=str(row["remark"] or ""),
+        contract=contract,
+        direction={"BUY": "BUY", "BUY_BACK": "BUY"}.get(row["trd_side"], "SELL"),
+        order_type=order_type,
+        price=number(row["price"]) if order_type is OrderType.Limit else None,
+        time_in_force=FROM_TIME_IN_FORCE.get(row["time_in_force"]),
+        lifecycle=session,
+        time=parse_time(row["create_time"], contract.region) if row["create_time"] else None,
+    )
+
+
+def parse_fill(row: Mapping[str, Any]) -> Fill | None:
+    contract = to_contract(row["code"])
+    if contract is None:
+        return None
+    return Fill(
+        fill_id=str(row["deal_id"]),
+        order_id=str(row["order_id"]),
+        qty=number(row["qty"]),
+        price=number(row["price"]),
+        time=parse_time(row["create_time"], contract.region),
+    )
+
+
+def parse_position(row: Mapping[str, Any], broker: str, display: str) -> Position | None:
+    """None for other things than securities, and for what was closed today (quantity 0)."""
+    contract = to_contract(row["code"])
+    qty: Any = number(row["qty"])
+    if contract is None or not qty:
+        return None
+    currency = str(row["currency"])
+    short = row["position_side"] == "SHORT"
+    return Position(
+        broker,
+        display,
+        contract,
+        Unit.Share,
+        currency if currency in CASH_FIELDS else CURRENCIES[contract.region],
+        -abs(qty) if short else qty,
+    )
+
+
+def parse_quote(row: Mapping[str, Any], contract: Contract) -> Quote:
+    return Quote(
+        contract=contract,
+        currency=CURRENCIES[contract.region],
+        is_tradable=row["sec_status"] in ("NORMAL", "N/A") and not row["suspension"],
+        latest=number(row["last_price"]),
+        pre_close=number(row["prev_close_price"]),
+        open_price=number(row["open_price"]),
+        high_price=number(row["high_price"]),
+        low_price=number(row["low_price"]),
+        time=parse_time(row["update_time"], contract.region),
+    )
+
+
+def parse_market_states(state: Mapping[str, Any]) -> dict[str, MarketStatus]:
+    """Of Shanghai and Shenzhen the one that is more open speaks for CN."""
+    by_region: dict[str, MarketStatus] = {}
+    for market, region in REGION_OF_MARKET.items():
+        word = str(state[f"market_{market.lower()}"])
+        status = MarketStatus(region, word, MARKET_STATES.get(word, UnifiedStatus.UNKNOWN))
+        known = by_region.setdefault(region, status)
+        if _openness(status) < _openness(known):
+            by_region[region] = status
+    return by_region
+
+
+def _openness(status: MarketStatus) -> int:
+    unified = status.unified_status
+    return OPENNESS.index(unified) if unified in OPENNESS else len(OPENNESS)
+
+
+@dataclass(frozen=True)
+class Account:
+    """A trading account; `markets` in the SDK's words (US, HK, HKCC for Stock Connect, CN)."""
+
+    acc_id: int
+    markets: tuple[str, ...]
+
+    def serves(self, region: str) -> bool:
+        return (
+            bool({"HKCC", "CN"} & set(self.markets)) if region == "CN" else region in self.markets
+        )
+
+
+def parse_accounts(rows: Iterable[Mapping[str, Any]], env: str, acc_id: int) -> list[Account]:
+    """The accounts an order may go to: active ones of this environment, for stocks.
+
+    SIMULATE lists accounts for options, futures and competitions beside those for stocks.
+    """
+    return [
+        Account(int(row["acc_id"]), tuple(row["trdmarket_auth"]))
+        for row in rows
+        if row["trd_env"] == env
+        and row["acc_status"] != "DISABLED"
+        and row["acc_role"] != "IPO"
+        and (env == "REAL" or row["sim_acc_type"] in ("STOCK", "STOCK_AND_OPTION", "N/A"))
+        and (not acc_id or int(row["acc_id"]) == acc_id)
+    ]
