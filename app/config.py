@@ -17,7 +17,7 @@ import stat
 import string
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,9 @@ class Settings:
     token_header: str = "HT-TOKEN"
     compat: str | None = None
     """"1.0": answer as the published httptrading 1.0.x does."""
-    journal_url: str | None = None
+    journal_url: str | None = field(default=None, repr=False)
     """An SQLAlchemy URL; None: SQLite in the data directory."""
-    metrics_token: str | None = None
+    metrics_token: str | None = field(default=None, repr=False)
     """The token of `/httptrading/metrics`; None: no metrics."""
     host: str = "127.0.0.1"
     port: int = 8080

@@ -131,6 +131,8 @@ cash = 0
     settings = config.load()
     (instance,) = settings.instances
     assert settings.data_dir == config.path.parent / "state"
+    for secret in ("elsewhere.db", "0123456789abcdef", ID, TOKEN, digest):
+        assert secret not in repr(settings)
     assert (settings.token_header, settings.compat) == ("X-Token", "1.0")
     assert settings.journal_url == "sqlite:///elsewhere.db"
     assert settings.metrics_token == "0123456789abcdef"
