@@ -341,7 +341,7 @@ class Renewal:
 
     def _note_attempt(self) -> None:
         assert self._lock is not None
-        note = f"{time.time():.0f} {self._path.stat().st_mtime_ns}"
+        note = f"{int(time.time())} {self._path.stat().st_mtime_ns}"
         os.lseek(self._lock, 0, os.SEEK_SET)
         os.write(self._lock, note.ljust(60).encode())
 
