@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import fcntl
 import json
 import os
 import re
-import sys
 import time
 import tomllib
 from dataclasses import dataclass
@@ -188,18 +188,17 @@ def replace_file(path: Path, text: str) -> None:
             file.flush()
             os.fsync(descriptor)
         os.chmod(temporary, found.st_mode & 0o7777)
-        if hasattr(os, "chown") and os.geteuid() == 0:
+        if os.geteuid() == 0:
             os.chown(temporary, found.st_uid, found.st_gid)
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if sys.platform != "win32":
-        directory = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+    directory = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 class TokenFile:
@@ -274,7 +273,7 @@ class Renewal:
         """Never waits: where another process holds the lock, that one renews."""
         try:
             self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o600)
-            _lock(self._lock)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return self
         self._locked = True
@@ -344,18 +343,6 @@ class Renewal:
         note = f"{int(time.time())} {self._path.stat().st_mtime_ns}"
         os.lseek(self._lock, 0, os.SEEK_SET)
         os.write(self._lock, note.ljust(60).encode())
-
-
-def _lock(descriptor: int) -> None:
-    """Locks without waiting; OSError when somebody else has it."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _iso(epoch: float) -> str:

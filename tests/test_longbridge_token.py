@@ -137,6 +137,7 @@ def test_rewriting_keeps_everything_else(token: str, expiry: int, crlf: bool) ->
 def test_a_file_that_cannot_be_rewritten_is_left_alone() -> None:
     for text in (
         'token = """a"""\nexpiry = 2099-01-01\n',
+        'token = """\na"""\nexpiry = 2099-01-01\n',
         'note = """\ntoken = 5\n"""\ntoken = "a"\nexpiry = 2099-01-01\n',
     ):
         try:
@@ -276,7 +277,7 @@ class TestRenewal:
 
     def test_refused_before_it_begins_when_it_could_not_end(self, tmp_path: Path) -> None:
         path = tmp_path / "token.toml"
-        text = f'token = """a"""\nexpiry = "{soon(3600)}"\n'
+        text = f'token = """\na"""\nexpiry = "{soon(3600)}"\n'
         path.write_text(text)
         with Renewal(path, "key") as renewal:
             assert renewal.token is not None
