@@ -1,0 +1,314 @@
+"""Paper: a simulated account on a small simulated exchange inside the service.
+
+Orders, cash and holdings live in `paper.sqlite` in the instance's data directory and survive
+restarts and crashes. Prices are made up unless `quotes_from` names another instance to take real
+ones from. Not simulated: holidays, board lots, taxes, dividends, short sales, margin, currency
+exchange.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from httptrading.brokers.base import BaseBroker, combine
+from httptrading.brokers.paper_exchange import (
+    FEES,
+    NO_FEES,
+    Changes,
+    PaperExchange,
+    PaperFill,
+    PaperOrder,
+    Status,
+)
+from httptrading.brokers.paper_market import (
+    REGIONS,
+    AlwaysOpen,
+    BorrowedPrices,
+    ExchangeHours,
+    Hours,
+    MadeUpPrices,
+    day_prices,
+    made_up_price,
+)
+from httptrading.brokers.registry import broker_register
+from httptrading.errors import BrokerUnavailable, HttpTradingError
+from httptrading.model import (
+    CURRENCIES,
+    Cash,
+    Contract,
+    Fill,
+    Lifecycle,
+    MarketStatus,
+    Order,
+    OrderReport,
+    OrderType,
+    Position,
+    Quote,
+    TimeInForce,
+    TradeType,
+    Unit,
+)
+
+log = logging.getLogger("httptrading.paper")
+
+INITIAL_CASH = {"USD": "100000", "HKD": "800000", "CNY": "700000"}
+HOURS: dict[str, Hours] = {"always": AlwaysOpen(), "exchange": ExchangeHours()}
+ARGUMENTS = {"cash", "quotes_from", "hours", "fees"}
+
+PULSE = 1.0  # seconds between two looks at resting orders
+PULSE_BORROWED = 5.0  # the same with another instance's quotes, which have rate limits
+BORROWED_AGE = 1.0  # seconds for which such a price, or its absence, is good
+REMEMBERED = 7 * 86400.0  # how far back `recent_orders` goes, in seconds
+
+_ALWAYS = {Lifecycle.RTH, Lifecycle.ETH, Lifecycle.OVERNIGHT}
+
+
+@broker_register("paper", "模拟交易")
+class Paper(BaseBroker):
+    """Arguments, all optional:
+
+    - `cash`: what a new account begins with, e.g. `{"USD": 50000}`; other currencies 0.
+      Default: USD 100000, HKD 800000, CNY 700000.
+    - `quotes_from`: the id of an instance whose quotes are used in place of made-up prices.
+    - `hours`: `"always"` (default: trades day and night, so that a first order fills on a Sunday;
+      market/state says so) or `"exchange"` (the real exchanges' hours, holidays not known).
+    - `fees`: false for none.
+    """
+
+    combinations = (
+        combine(REGIONS, [OrderType.Market], [TimeInForce.DAY], [Lifecycle.RTH])
+        | combine(REGIONS, [OrderType.Limit], TimeInForce, [Lifecycle.RTH])
+        | combine(["US"], [OrderType.Limit], TimeInForce, _ALWAYS)
+    )
+    quote_regions = frozenset(REGIONS)
+    ages = {"quote": 0.0, "order": 0.0}
+    listing_delay = 0.0  # an order is in the list before place_order returns
+
+    def __init__(
+        self,
+        broker_args: Mapping[str, Any] | None = None,
+        instance_id: str | None = None,
+        tokens: Iterable[str] | None = None,
+    ) -> None:
+        super().__init__(broker_args, instance_id, tokens)
+        unknown = set(self.broker_args) - ARGUMENTS
+        if unknown:
+            raise ValueError(
+                f"Paper has no argument {', '.join(map(repr, sorted(unknown)))}; "
+                f"it has: {', '.join(sorted(ARGUMENTS))}"
+            )
+        if self.broker_args.get("hours", "always") not in HOURS:
+            raise ValueError('Paper: hours must be "always" or "exchange"')
+        self._initial_cash = _initial_cash(self.broker_args.get("cash", INITIAL_CASH))
+        self._source = str(self.broker_args.get("quotes_from") or "")
+        if self._source and self._source == self.instance_id:
+            raise ValueError("Paper: quotes_from must name another instance")
+        self._hours = HOURS[self.broker_args.get("hours", "always")]
+        self._exchange: PaperExchange | None = None
+        self._pulse: asyncio.Task[None] | None = None
+
+    def account_key(self) -> str:
+        return f"paper:{self.instance_id}"  # every instance is an account of its own
+
+    # --- the connection ---------------------------------------------------------------------
+    async def connect(self) -> None:
+        self._borrowed: dict[tuple[str, str], tuple[float, Decimal | None]] = {}
+        try:
+            self.data_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BrokerUnavailable(
+                f"The paper account's directory {self.data_dir} cannot be made: {error.strerror}"
+            ) from error
+        self._exchange = PaperExchange(
+            self.data_dir / "paper.sqlite",
+            self._initial_cash,
+            BorrowedPrices(self._borrowed_price) if self._source else MadeUpPrices(),
+            self._hours,
+            FEES if self.broker_args.get("fees", True) else NO_FEES,
+            time.time,
+        )
+        self._pulse = asyncio.get_running_loop().create_task(self._live())
+
+    async def close(self) -> None:
+        if self._pulse is not None:
+            self._pulse.cancel()
+            self._pulse = None
+        if self._exchange is not None:
+            self._exchange.close()
+            self._exchange = None
+
+    async def _live(self) -> None:
+        """Fills and expires resting orders while nobody asks, and tells the gateway."""
+        while True:
+            await asyncio.sleep(PULSE_BORROWED if self._source else PULSE)
+            try:
+                self._open.advance()
+                self._tell()
+            except Exception:  # reads go on; what changes something says what is wrong
+                log.exception("paper account: resting orders could not be looked at")
+
+    @property
+    def _open(self) -> PaperExchange:
+        if self._exchange is None:
+            raise BrokerUnavailable("The paper account is closed")
+        return self._exchange
+
+    def _tell(self) -> None:
+        changes: Changes = self._open.changes()
+        if changes.orders:
+            self.report(*map(_report, changes.orders))
+            self.stale()
+        if changes.fills:
+            self.report_fills(*map(_fill, changes.fills))
+
+    # --- operations -------------------------------------------------------------------------
+    async def place_order(
+        self,
+        contract: Contract,
+        order_type: OrderType,
+        time_in_force: TimeInForce,
+        lifecycle: Lifecycle,
+        direction: str,
+        qty: int,
+        price: float | None = None,
+        **kwargs: Any,
+    ) -> str:
+        order = self._open.place(
+            contract.region,
+            contract.ticker,
+            direction,
+            order_type,
+            qty,
+            None if price is None else Decimal(str(price)),
+            time_in_force,
+            lifecycle,
+            str(kwargs.get("mark", "")),
+        )
+        self._tell()
+        return order.order_id
+
+    async def cancel_order(self, order_id: str) -> None:
+        self._open.cancel(order_id)
+        self._tell()
+
+    async def order(self, order_id: str) -> OrderReport:
+        return _report(self._open.order(order_id))
+
+    async def recent_orders(self) -> list[OrderReport]:
+        return [_report(order) for order in self._open.orders(time.time() - REMEMBERED)]
+
+    async def fills(self, order_id: str) -> list[Fill]:
+        return [_fill(fill) for fill in self._open.fills(order_id)]
+
+    async def positions(self) -> list[Position]:
+        return [
+            Position(
+                self.broker_name,
+                self.broker_display,
+                Contract(TradeType.Securities, held.ticker, held.region),
+                Unit.Share,
+                held.currency,
+                held.qty,
+            )
+            for held in self._open.holdings()
+        ]
+
+    async def cash(self, currency: str = "USD") -> Cash:
+        return Cash(currency, self._open.spendable(currency))
+
+    async def ping(self) -> bool:
+        return self._exchange is not None
+
+    async def quote(self, contract: Contract) -> Quote:
+        if self._source:
+            return self.quote_of(self._source, contract)
+        now = time.time()
+        region, ticker = contract.region, contract.ticker
+        latest, day = made_up_price(region, ticker, now), day_prices(region, ticker, now)
+        return Quote(
+            contract,
+            CURRENCIES[region],
+            any(self._hours.trades(region, lifecycle, now) for lifecycle in _ALWAYS),
+            latest,
+            day.pre_close,
+            day.open_price,
+            day.high_price,
+            day.low_price,
+            datetime.fromtimestamp(now, UTC),
+        )
+
+    async def market_status(self) -> Mapping[Any, Mapping[str, MarketStatus]]:
+        now = time.time()
+        return {
+            "securities": {
+                region: MarketStatus(region, *self._hours.status(region, now)) for region in REGIONS
+            }
+        }
+
+    def _borrowed_price(self, region: str, ticker: str) -> Decimal | None:
+        """The other instance's latest price, or None when it has none that may be traded on;
+        asked for once in a while, for the other broker counts its requests."""
+        now = time.monotonic()
+        asked, price = self._borrowed.get((region, ticker), (float("-inf"), None))
+        if now - asked > BORROWED_AGE:
+            try:
+                quote = self.quote_of(self._source, Contract(TradeType.Securities, ticker, region))
+                latest = Decimal(str(quote.latest))
+                price = latest if quote.is_tradable and latest > 0 else None
+            except HttpTradingError:
+                price = None
+            self._borrowed[region, ticker] = now, price
+        return price
+
+
+def _initial_cash(given: Any) -> dict[str, Decimal]:
+    if not isinstance(given, Mapping):
+        raise ValueError('Paper: cash must be a table like {"USD": 100000}')
+    amounts = {currency: Decimal(0) for currency in INITIAL_CASH}
+    for currency, amount in given.items():
+        if currency not in amounts:
+            raise ValueError(f"Paper: no currency {currency!r}, only {', '.join(INITIAL_CASH)}")
+        try:
+            amounts[currency] = Decimal(str(amount))
+        except InvalidOperation:
+            raise ValueError(f"Paper: cash in {currency} must be a number") from None
+        if not amounts[currency].is_finite() or amounts[currency] < 0:
+            raise ValueError(f"Paper: cash in {currency} must be 0 or more")
+    return amounts
+
+
+def _time(epoch: float) -> datetime:
+    return datetime.fromtimestamp(epoch, UTC)
+
+
+def _report(order: PaperOrder) -> OrderReport:
+    failed = order.status in (Status.REJECTED, Status.EXPIRED)
+    return OrderReport(
+        Order(
+            order.order_id,
+            order.currency,
+            order.qty,
+            order.filled,
+            order.avg_price,
+            (order.reason or order.status.value) if failed else "",
+            order.status is Status.CANCELED,
+        ),
+        mark=order.mark,
+        contract=Contract(TradeType.Securities, order.ticker, order.region),
+        direction=order.direction,
+        order_type=order.order_type,
+        price=order.price,
+        time_in_force=order.time_in_force,
+        lifecycle=order.lifecycle,
+        time=_time(order.placed),
+    )
+
+
+def _fill(fill: PaperFill) -> Fill:
+    return Fill(str(fill.number), fill.order_id, fill.qty, fill.price, _time(fill.time))
