@@ -502,6 +502,7 @@ class _Connection(asyncio.Protocol):
         self._data = b""
         self._said_api = False
         self._times: list[float] = []
+        self._late: list[list[str]] | None = None  # messages behind one that is answered late
         self.transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -537,6 +538,8 @@ class _Connection(asyncio.Protocol):
                 return
             if not self.version:
                 self._shake_hands(frame.decode())
+            elif self._late is not None:
+                self._late.append(frame.decode().split("\0")[:-1])
             else:
                 self._receive(frame.decode().split("\0")[:-1])
 
@@ -592,7 +595,9 @@ class _Connection(asyncio.Protocol):
             case FaultKind.HANG:
                 pass
             case FaultKind.LATE:
-                asyncio.get_running_loop().call_later(fault.seconds, action)
+                # TWS takes one client's messages in their order.
+                self._late = []
+                asyncio.get_running_loop().call_later(fault.seconds, self._catch_up, action)
             case FaultKind.GARBAGE:
                 # Not even framed: whatever follows is unreadable for the client.
                 self.transport.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
@@ -604,6 +609,15 @@ class _Connection(asyncio.Protocol):
                 self.muted = False
                 if fault.kind is FaultKind.ACCEPT_THEN_CUT:
                     self.abort()
+
+    def _catch_up(self, action: Callable[[], object]) -> None:
+        waiting, self._late = self._late or [], None
+        action()
+        for fields in waiting:
+            if self._late is not None:
+                self._late.append(fields)
+            elif not self.transport.is_closing():
+                self._receive(fields)
 
     def _request(
         self, number: int, fields: list[str]

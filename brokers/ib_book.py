@@ -1,0 +1,324 @@
+"""What TWS has said about orders: kept raw, because the SDKs' own view of it is wrong at times.
+
+ib_insync and ib_async mark an order cancelled on any error code outside a short list, so also a
+working one (10349), and forget everything when the connection breaks. The book takes the same
+messages (openOrder, orderStatus, completedOrder, execDetails, error) and keeps status, quantities
+and reasons as TWS sent them. It knows no SDK: its arguments are the SDK's objects, read by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+from httptrading.model import (
+    Contract,
+    Fill,
+    Lifecycle,
+    Number,
+    Order,
+    OrderReport,
+    OrderType,
+    TimeInForce,
+    TradeType,
+)
+
+# --- status words (ib_insync/order.py; interactivebrokers.github.io/tws-api/order_submission.html)
+CANCELED = {"Cancelled", "ApiCancelled"}
+WORKING = {"PreSubmitted", "Submitted"}
+FINAL = {"Filled", *CANCELED}
+DEAD_IF_REFUSED = {"Inactive", *CANCELED}
+# Everything else, known or new (ApiPending, PendingSubmit, PendingCancel, Inactive …), is alive: an
+# Inactive order may become active again unless an error has said why it is dead.
+
+# --- error codes (interactivebrokers.github.io/tws-api/message_codes.html)
+CANCEL_CONFIRMED = 202
+REJECTED = 201
+NOT_ABOUT_FATE = frozenset(
+    {
+        *(165, 399, 404, 492),  # held, or a remark: the order stays
+        *(1100, 1101, 1102, 1300),  # about the connection
+        *(10147, 10148, 161),  # about a request to cancel
+        10167,  # delayed data
+        10349,  # "TIF was set to DAY based on order preset": the order works
+        *range(2100, 2170),
+    }
+)
+"""Codes that say nothing about whether an order lives. Any other is a refusal when it comes before
+the order ever worked; 201 is one at any time."""
+
+# --- symbols and markets
+EXCHANGE_REGIONS = {
+    "SEHK": "HK",
+    **dict.fromkeys(("SEHKNTL", "SEHKSZSE", "SEHKSTAR", "CHINEXT"), "CN"),
+}
+CURRENCY_REGIONS = {"USD": "US", "HKD": "HK", "CNH": "CN", "CNY": "CN"}
+ORDER_TYPES = {"LMT": OrderType.Limit, "MKT": OrderType.Market}
+TIMES_IN_FORCE = {"DAY": TimeInForce.DAY, "GTC": TimeInForce.GTC}
+DIRECTIONS = {"BUY": "BUY", "SELL": "SELL", "SSHORT": "SELL"}
+OVERNIGHT_VENUE = "OVERNIGHT"
+
+
+def quantity(value: float) -> Decimal:
+    """A quantity as decimal; 0 for an unset one, which arrives as a huge number."""
+    return exact(value) if 0 < value < 1e15 else Decimal(0)
+
+
+def exact(value: Number) -> Decimal:
+    """The decimal that a float was read from: 100.5, and 200 rather than 200.0."""
+    number = Decimal(repr(value)) if isinstance(value, float) else Decimal(value)
+    return number.quantize(Decimal(1)) if number == number.to_integral_value() else number
+
+
+def region_of(currency: str, *exchanges: str) -> str | None:
+    """By exchange where that says it, else by currency; never by what the symbol looks like."""
+    for exchange in exchanges:
+        if exchange in EXCHANGE_REGIONS:
+            return EXCHANGE_REGIONS[exchange]
+    return CURRENCY_REGIONS.get(currency)
+
+
+def to_symbol(region: str, ticker: str) -> str:
+    """`BRK.B` → `BRK B`; `00700` → `700`; `000001` stays."""
+    if region == "US":
+        return ticker.replace(".", " ")
+    return ticker.lstrip("0") or "0" if region == "HK" else ticker
+
+
+def to_ticker(region: str, symbol: str) -> str:
+    if region == "US":
+        return symbol.replace(" ", ".")
+    return symbol.zfill(5 if region == "HK" else 6)
+
+
+def to_contract(wire: Any) -> Contract | None:
+    """The unified contract of an SDK contract; None for all but stocks of the three markets."""
+    region = region_of(wire.currency, wire.primaryExchange, wire.exchange)
+    if wire.secType != "STK" or region is None:
+        return None
+    return Contract(TradeType.Securities, to_ticker(region, wire.symbol), region)
+
+
+@dataclass
+class BookedOrder:
+    """One order as TWS tells it. `api_id` and `client_id` are 0 where TWS does not say them."""
+
+    perm_id: int = 0
+    client_id: int = 0
+    api_id: int = 0
+    account: str = ""
+    mark: str = ""
+    contract: Any = None
+    wire: Any = None  # the SDK's Order
+    status: str = "PendingSubmit"
+    total: Decimal = Decimal(0)
+    filled: Decimal = Decimal(0)
+    average: Decimal = Decimal(0)
+    refusal: str = ""  # an error that may be why the order is dead
+    note: str = ""  # the last thing said about the order that is no refusal
+    is_rejected: bool = False  # by error 201, which is the end whatever the status word
+    has_worked: bool = False
+    is_completed: bool = False  # listed by reqCompletedOrders
+    fills: dict[str, Fill] = field(default_factory=dict)  # by execution, without its revision
+
+    @property
+    def is_described(self) -> bool:
+        """Whether TWS has said what the order is, beside its status."""
+        return bool(self.perm_id) and self.wire is not None
+
+    @property
+    def filled_qty(self) -> Decimal:
+        """Status, executions and the completed list each know a part; none ever too much."""
+        return max(self.filled, sum((exact(fill.qty) for fill in self.fills.values()), Decimal(0)))
+
+    @property
+    def avg_price(self) -> Decimal:
+        """TWS's average where it covers all that is filled, else that of the executions.
+
+        `Execution.avgPrice` is cumulative per execution and no average of anything.
+        """
+        shares = sum((exact(fill.qty) for fill in self.fills.values()), Decimal(0))
+        if self.average and self.filled >= shares:
+            return self.average
+        if not shares:
+            return Decimal(0)
+        paid = sum((exact(f.qty) * exact(f.price) for f in self.fills.values()), Decimal(0))
+        return paid / shares
+
+    @property
+    def qty(self) -> Decimal:
+        # A filled order in the completed list has a total of 0 and a filledQuantity.
+        return max(self.total, self.filled_qty)
+
+    @property
+    def error_reason(self) -> str:
+        if self.status == "Filled" or self.filled_qty >= self.qty > 0:
+            return ""
+        if self.is_rejected or self.refusal and self.status in DEAD_IF_REFUSED:
+            return self.refusal
+        if self.is_completed and self.status == "Inactive":
+            return self.note or "Inactive"
+        return ""
+
+    @property
+    def is_canceled(self) -> bool:
+        return self.status in CANCELED and not self.error_reason
+
+    @property
+    def is_final(self) -> bool:
+        return self.order().is_completed
+
+    def order(self) -> Order:
+        return Order(
+            order_id=str(self.perm_id),
+            currency=self.contract.currency if self.contract is not None else "",
+            qty=self.qty,
+            filled_qty=self.filled_qty,
+            avg_price=self.avg_price,
+            error_reason=self.error_reason,
+            is_canceled=self.is_canceled,
+            is_pending_cancel=self.status == "PendingCancel",
+        )
+
+    def report(self) -> OrderReport:
+        wire, contract = self.wire, self.contract
+        order_type = ORDER_TYPES.get(wire.orderType)
+        lifecycle = Lifecycle.ETH if wire.outsideRth else Lifecycle.RTH
+        if contract.exchange == OVERNIGHT_VENUE:
+            lifecycle = Lifecycle.OVERNIGHT
+        return OrderReport(
+            order=self.order(),
+            mark=self.mark,
+            contract=to_contract(contract),
+            direction=DIRECTIONS.get(wire.action),
+            order_type=order_type,
+            price=exact(wire.lmtPrice) if order_type is OrderType.Limit else None,
+            time_in_force=TIMES_IN_FORCE.get(wire.tif),
+            lifecycle=lifecycle,
+        )
+
+
+class OrderBook:
+    """Every order that this connection has heard of, by permId: the account-wide id that survives
+    restarts of TWS. An order just sent has none yet and is found by the API's own id."""
+
+    def __init__(self, client_id: int) -> None:
+        self._client_id = client_id
+        self._by_perm: dict[int, BookedOrder] = {}
+        self._by_api: dict[tuple[int, int], BookedOrder] = {}
+        self._early_fills: dict[int, dict[str, Fill]] = {}  # executions before their order
+
+    def get(self, perm_id: int) -> BookedOrder | None:
+        return self._by_perm.get(perm_id)
+
+    def own(self, api_id: int) -> BookedOrder | None:
+        """Our order with this API id, once TWS has said its permId."""
+        booked = self._by_api.get((self._client_id, api_id))
+        return booked if booked is not None and booked.perm_id else None
+
+    def fills(self, perm_id: int) -> list[Fill]:
+        booked = self._by_perm.get(perm_id)
+        known = booked.fills if booked is not None else self._early_fills.get(perm_id, {})
+        return sorted(known.values(), key=lambda fill: fill.time)
+
+    def _booked(self, client_id: int, api_id: int, perm_id: int) -> BookedOrder:
+        booked = self._by_perm.get(perm_id) if perm_id else None
+        if booked is None and api_id > 0:
+            booked = self._by_api.get((client_id, api_id))
+        if booked is None:
+            booked = BookedOrder()
+        if perm_id:
+            booked.perm_id = perm_id
+            self._by_perm[perm_id] = booked
+            booked.fills.update(self._early_fills.pop(perm_id, {}))
+        if api_id > 0:
+            booked.client_id, booked.api_id = client_id, api_id
+            self._by_api[client_id, api_id] = booked
+        return booked
+
+    # --- what TWS says ------------------------------------------------------------------------
+    def open_order(self, contract: Any, order: Any, state: Any) -> BookedOrder:
+        booked = self._booked(order.clientId, order.orderId, order.permId)
+        self._describe(booked, contract, order)
+        booked.total = quantity(order.totalQuantity)
+        self._move(booked, state.status)
+        return booked
+
+    def order_status(
+        self,
+        api_id: int,
+        status: str,
+        filled: float,
+        average: float,
+        perm_id: int,
+        client_id: int,
+    ) -> BookedOrder:
+        booked = self._booked(client_id, api_id, perm_id)
+        shares = quantity(filled)
+        if shares >= booked.filled:  # messages are repeated, and may overtake each other
+            booked.filled, booked.average = shares, quantity(average)
+        self._move(booked, status)
+        return booked
+
+    def completed_order(self, contract: Any, order: Any, state: Any) -> BookedOrder:
+        booked = self._booked(0, 0, order.permId)
+        self._describe(booked, contract, order)
+        booked.is_completed = True
+        booked.filled = max(booked.filled, quantity(order.filledQuantity))
+        booked.total = max(booked.total, quantity(order.totalQuantity))
+        self._move(booked, state.status)
+        if "reject" in state.completedStatus.lower():
+            booked.refusal, booked.is_rejected = booked.refusal or state.completedStatus, True
+        booked.note = state.completedStatus or booked.note
+        return booked
+
+    def execution(self, execution: Any) -> tuple[BookedOrder | None, Fill]:
+        """Corrections repeat an execution under a higher revision, the last part of its id."""
+        key, _, _ = execution.execId.rpartition(".")
+        fill = Fill(
+            fill_id=execution.execId,
+            order_id=str(execution.permId),
+            qty=exact(execution.shares),
+            price=exact(execution.price),
+            time=_aware(execution.time),
+        )
+        booked = self._by_perm.get(execution.permId)
+        known = booked.fills if booked else self._early_fills.setdefault(execution.permId, {})
+        before = known.get(key or execution.execId)
+        if before is None or before.fill_id <= fill.fill_id:
+            known[key or execution.execId] = fill
+        return booked, fill
+
+    def error(self, api_id: int, code: int, text: str) -> BookedOrder | None:
+        """Keeps the words; None when the error is not about an order of ours."""
+        booked = self._by_api.get((self._client_id, api_id))
+        if booked is None:
+            return None
+        if code == REJECTED or is_refusal(code) and not booked.has_worked:
+            booked.refusal, booked.is_rejected = text, code == REJECTED
+        elif code != CANCEL_CONFIRMED:
+            booked.note = text
+        return booked
+
+    @staticmethod
+    def _describe(booked: BookedOrder, contract: Any, order: Any) -> None:
+        booked.contract, booked.wire = contract, order
+        booked.account, booked.mark = order.account, order.orderRef
+
+    @staticmethod
+    def _move(booked: BookedOrder, status: str) -> None:
+        if booked.status in FINAL and status not in FINAL:
+            return  # a late repetition of an earlier state
+        booked.status = status
+        booked.has_worked = booked.has_worked or status in WORKING
+
+
+def is_refusal(code: int) -> bool:
+    """Whether an error code may mean that an order was not taken."""
+    return code not in NOT_ABOUT_FATE and code != CANCEL_CONFIRMED
+
+
+def _aware(moment: datetime) -> datetime:
+    return moment if moment.tzinfo else moment.astimezone()

@@ -1,0 +1,434 @@
+"""One connection to TWS: the SDK, what is asked through it, and what TWS says unasked.
+
+A new SDK object is made for every connection, and the connection counts as open only when every
+order is known, so that nothing is answered from a state that is not there yet. The SDK is used for
+the socket, the coding of messages and request ids.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from httptrading.brokers.ib_answers import Ticks, refusal
+from httptrading.brokers.ib_book import BookedOrder, OrderBook, is_refusal
+from httptrading.errors import BrokerUnavailable, HttpTradingError
+from httptrading.model import Fill, Order
+
+log = logging.getLogger("httptrading.interactive_brokers")
+
+DELAYED_IF_NOT_LIVE = 3
+"""reqMarketDataType: TWS sends live data where the account may see it, else delayed data
+(interactivebrokers.github.io/tws-api/market_data_type.html)."""
+
+CLIENT_ID_IN_USE = 326
+LINK_LOST = {1100, 2110}  # TWS runs but has no connection to IB's servers
+LINK_RESTORED = {1101, 1102}
+UNLINKED = "TWS is running but has no connection to IB's servers; it reconnects by itself"
+
+ALIVE_LIMIT = 4.0
+"""Seconds within which TWS must tell the time."""
+
+HEARTBEAT = 20.0
+"""Seconds between looks whether a silent TWS is still there."""
+
+_Answer = TypeVar("_Answer")
+
+
+def load_sdk() -> Any:
+    """ib_insync, or its successor where that is what is installed; they share their interface."""
+    name = "ib_insync" if importlib.util.find_spec("ib_insync") else "ib_async"
+    logger = logging.getLogger(name)
+    if logger.level == logging.NOTSET:
+        # It reports every refused attempt to connect, and warnings as errors; we say it ourselves.
+        logger.setLevel(logging.CRITICAL)
+    return importlib.import_module(name)
+
+
+@dataclass(frozen=True)
+class Ears:
+    """Whom a session tells what it learns; all are called on its loop."""
+
+    on_lost: Callable[[str], None]
+    on_order: Callable[[BookedOrder], None]
+    on_fill: Callable[[Fill], None]
+
+
+class TwsSession:
+    """From connecting to closing; never used twice. `account` is known once it is open."""
+
+    def __init__(
+        self, host: str, port: int, client_id: int, timeout: float, account: str, ears: Ears
+    ) -> None:
+        self.client_id = client_id
+        self.account = account
+        self.book = OrderBook(client_id)
+        self.sdk = load_sdk()
+        self._host, self._port, self._timeout = host, port, timeout
+        self._ears = ears
+        self._changed = asyncio.Event()
+        self._one_by_one = asyncio.Lock()
+        self._named: asyncio.Future[Any] | None = None
+        self._told: dict[str, Order] = {}
+        self._quotes: dict[int, Ticks] = {}
+        self._heard: dict[int, list[tuple[int, str]]] = {}  # errors about orders being watched
+        self._is_live = False  # synchronised, and not closing
+        self._is_linked = True
+        self._failure: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.ib = self._new_client()
+
+    # --- life -------------------------------------------------------------------------------
+    async def open(self) -> None:
+        """Connects and synchronises, or raises BrokerUnavailable with what to do about it."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._shake_hands()
+                await self._synchronise()
+        except TimeoutError:
+            raise BrokerUnavailable(
+                f"TWS at {self._host}:{self._port} does not answer: is it logged in, is the API "
+                "enabled (Configure > API > Settings), is no dialog waiting for an answer?"
+            ) from None
+        except ConnectionError:
+            raise BrokerUnavailable(f"TWS at {self._host}:{self._port} hung up") from None
+        self._is_live = True
+        self._start(self._beat())
+
+    def _new_client(self) -> Any:
+        """A fresh SDK object whose messages pass our ears first.
+
+        A used one keeps the orders of its earlier connection, with a permId of 0 where they had
+        none. Its own reaction to 1102 is taken out: each time it opens one account summary more,
+        and TWS refuses the third.
+        """
+        ib = self.sdk.IB()
+        ib.errorEvent -= ib._onError
+        ib.RaiseRequestErrors = True
+        ib.wrapper.clientId = self.client_id
+        for name, ear in (
+            ("openOrder", self._on_open_order),
+            ("orderStatus", self._on_order_status),
+            ("completedOrder", self._on_completed_order),
+            ("execDetails", self._on_execution),
+            ("error", self._on_error),
+        ):
+            setattr(ib.wrapper, name, _first(ear, getattr(ib.wrapper, name)))
+        for name, take in (
+            ("priceSizeTick", Ticks.price),
+            ("tickString", Ticks.string),
+            ("tickGeneric", Ticks.number),
+            ("tickSnapshotEnd", Ticks.end),
+            ("marketDataType", Ticks.kind),
+        ):
+            setattr(ib.wrapper, name, self._quote_ear(take, getattr(ib.wrapper, name)))
+        ib.client.apiError += self._on_api_error
+        ib.disconnectedEvent += self._on_disconnected
+        return ib
+
+    async def _shake_hands(self) -> None:
+        """Opens the socket and starts the API session.
+
+        A client id in use surfaces in the SDK as a time-out only: the error that says so, and the
+        end of the socket, are awaited beside it.
+        """
+        connecting = asyncio.ensure_future(
+            self.ib.client.connectAsync(self._host, self._port, self.client_id, self._timeout)
+        )
+        try:
+            await asyncio.wait({connecting, self._failure}, return_when=asyncio.FIRST_COMPLETED)
+            if self._failure.done():
+                raise BrokerUnavailable(self._failure.result())
+            await connecting
+        except (TimeoutError, BrokerUnavailable):
+            raise
+        except OSError:
+            raise BrokerUnavailable(
+                f"Nothing listens at {self._host}:{self._port}: start TWS or IB Gateway and enable "
+                "its API"
+            ) from None
+        finally:
+            connecting.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await connecting
+        managed = self.ib.client.getAccounts()
+        if not self.account and len(managed) == 1:
+            self.account = managed[0]
+        if self.account not in managed:
+            raise BrokerUnavailable(
+                "The login of TWS does not manage the account in account_id"
+                if self.account
+                else "The login of TWS manages several accounts: choose one with account_id"
+            )
+
+    async def _synchronise(self) -> None:
+        """Learns every order TWS knows. Own orders first: that binds them to this connection."""
+        ib = self.ib
+        if self.client_id == 0:
+            ib.client.reqAutoOpenOrders(True)  # orders made by hand in TWS become ours
+        ib.client.reqMarketDataType(DELAYED_IF_NOT_LIVE)
+        await self.ask_named(ib.reqOpenOrdersAsync)
+        await self.list_orders()
+        if not self._is_linked:
+            raise BrokerUnavailable(UNLINKED)
+
+    async def close(self) -> None:
+        self._is_live = False
+        ib, self.ib = self.ib, None
+        if ib is None:
+            return
+        for task in self._tasks:
+            task.cancel()
+        ib.client.disconnect()  # the one of IB itself raises when the session was not complete
+        await asyncio.sleep(0)  # the transport closes in the loop's next turn
+
+    def abort(self) -> None:
+        transport = getattr(getattr(self.ib, "client", None), "conn", None)
+        transport = getattr(transport, "transport", None)
+        if transport is not None:
+            with suppress(OSError):
+                transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+
+    def _start(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _beat(self) -> None:
+        """Notices a TWS that is gone without closing its socket."""
+        while True:
+            await asyncio.sleep(HEARTBEAT)
+            if not self._one_by_one.locked():  # else an operation is finding out
+                await self.check_alive()
+
+    async def check_alive(self, seconds: float = ALIVE_LIMIT) -> bool:
+        """Whether TWS answers and has a connection to IB's servers."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self.ask_named(self.ib.reqCurrentTimeAsync)
+        except (TimeoutError, HttpTradingError):
+            self._ears.on_lost("TWS does not answer")
+            return False
+        return self._is_linked
+
+    @property
+    def is_open(self) -> bool:
+        return self.ib is not None and self.ib.client.isReady()
+
+    def client(self) -> Any:
+        """The SDK's client, when the socket is open."""
+        if not self.is_open:
+            raise BrokerUnavailable("The connection to TWS is broken; nothing was sent")
+        return self.ib.client
+
+    # --- asking -----------------------------------------------------------------------------
+    async def ask_named(self, request: Callable[[], Awaitable[_Answer]]) -> _Answer:
+        """A request without an id: the SDK keeps one future per kind, so one at a time.
+
+        One that is given up (its caller's time is over) leaves an answer to come that would be
+        taken for the next one's: the connection is replaced.
+        """
+        async with self._one_by_one:
+            self.client()
+            try:
+                self._named = asyncio.ensure_future(request())
+                return await self._named
+            except asyncio.CancelledError:
+                self._ears.on_lost("TWS left a request unanswered")
+                raise
+            except ConnectionError:
+                raise BrokerUnavailable("TWS closed the connection") from None
+            finally:
+                self._named = None
+
+    async def ask(
+        self, request: Callable[[], Awaitable[_Answer]], *, absent: int = 0
+    ) -> _Answer | None:
+        """A request with an id of its own; None for the error that means "there is none"."""
+        self.client()
+        try:
+            return await request()
+        except asyncio.CancelledError:
+            self.doubt()
+            raise
+        except ConnectionError:
+            raise BrokerUnavailable("TWS closed the connection") from None
+        except self.sdk.wrapper.RequestError as error:
+            if error.code == absent:
+                return None
+            raise refusal(error.code, error.message) from None
+
+    def doubt(self) -> None:
+        """Something was not answered in time: is TWS still there?"""
+        if self._is_live:
+            self._start(self.check_alive(ALIVE_LIMIT / 2))
+
+    async def list_orders(self) -> set[int]:
+        """Refreshes the book with every open and completed order and today's executions; the
+        permIds of the orders TWS listed."""
+        ib = self.ib
+        opened = await self.ask_named(ib.reqAllOpenOrdersAsync)
+        completed = await self.ask_named(lambda: ib.reqCompletedOrdersAsync(False))
+        await self.ask(ib.reqExecutionsAsync)
+        return {trade.order.permId for trade in [*opened, *completed]}
+
+    # --- what TWS says ------------------------------------------------------------------------
+    def _on_open_order(self, _api_id: int, contract: Any, order: Any, state: Any) -> None:
+        if not order.whatIf:
+            self._tell(self.book.open_order(contract, order, state))
+
+    def _on_order_status(
+        self,
+        api_id: int,
+        status: str,
+        filled: float,
+        _remaining: float,
+        average: float,
+        perm_id: int,
+        _parent_id: int,
+        _last_price: float,
+        client_id: int,
+        *_: Any,
+    ) -> None:
+        self._tell(self.book.order_status(api_id, status, filled, average, perm_id, client_id))
+
+    def _on_completed_order(self, contract: Any, order: Any, state: Any) -> None:
+        self.book.completed_order(contract, order, state)
+
+    def _on_execution(self, request_id: int, _contract: Any, execution: Any) -> None:
+        booked, fill = self.book.execution(execution)
+        is_push = request_id < 0
+        if is_push and self._is_live and execution.acctNumber == self.account:
+            self._ears.on_fill(fill)
+            if booked is not None:
+                self._tell(booked)
+
+    def _on_error(self, request_id: int, code: int, text: str, *_: Any) -> None:
+        if code == CLIENT_ID_IN_USE:
+            self._fail(
+                f"Client id {self.client_id} is in use by another program at this TWS: close that "
+                "one or choose another client_id (trying again)"
+            )
+        elif code in LINK_LOST:
+            self._is_linked = False
+            self._fail_named(BrokerUnavailable(UNLINKED))
+            if self._is_live:
+                self._ears.on_lost(UNLINKED)
+        elif code in LINK_RESTORED:
+            self._is_linked = True
+            if self._is_live:
+                self._ears.on_lost(
+                    "TWS is connected to IB's servers again; reading everything anew"
+                )
+        elif request_id in self._quotes:
+            if is_refusal(code):
+                self._quotes[request_id].error = (code, text)
+        elif request_id > 0:
+            if request_id in self._heard:
+                self._heard[request_id].append((code, text))
+            booked = self.book.error(request_id, code, text)
+            if booked is not None:
+                self._tell(booked)
+        elif is_refusal(code):
+            # Without a request id it can only be about the request that has none.
+            self._fail_named(refusal(code, text))
+        self._changed.set()
+
+    def _fail_named(self, error: HttpTradingError) -> None:
+        if self._named is not None and not self._named.done():
+            self._named.set_exception(error)
+
+    def _on_api_error(self, text: str) -> None:
+        if text.startswith("API connection failed"):
+            return  # raised as well
+        self._fail(
+            f"TWS at {self._host}:{self._port} hung up at once: is this host among its trusted "
+            "IPs, and is it logged in?"
+        )
+
+    def _fail(self, text: str) -> None:
+        if not self._failure.done():
+            self._failure.set_result(text)
+
+    def _on_disconnected(self) -> None:
+        self._changed.set()
+        if self._is_live:
+            self._ears.on_lost("TWS closed the connection")
+
+    def _tell(self, booked: BookedOrder) -> None:
+        """Wakes who waits for an order, and reports what is new: TWS repeats itself a lot."""
+        self._changed.set()
+        order = booked.order()
+        if booked.is_described and self.is_ours(booked) and self._told.get(order.order_id) != order:
+            self._told[order.order_id] = order
+            if self._is_live:
+                self._ears.on_order(booked)
+
+    def is_ours(self, booked: BookedOrder) -> bool:
+        return booked.account == self.account
+
+    def _quote_ear(self, take: Callable[..., None], then: Callable[..., Any]) -> Callable[..., Any]:
+        """Takes a tick of our own quotes; the SDK would complain that it knows no such request."""
+
+        def hear(request_id: int, *values: Any) -> Any:
+            ticks = self._quotes.get(request_id)
+            if ticks is None:
+                return then(request_id, *values)
+            take(ticks, *values)
+            self._changed.set()
+            return None
+
+        return hear
+
+    async def change(self, seconds: float | None = None) -> bool:
+        """Waits until TWS says something of orders or quotes; False when it did not in time."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+        except TimeoutError:
+            return False
+        self._changed.clear()
+        return True
+
+    @contextmanager
+    def receiving(self, request_id: int) -> Iterator[Ticks]:
+        """Collects the ticks that answer one quote request."""
+        ticks = self._quotes[request_id] = Ticks()
+        try:
+            yield ticks
+        finally:
+            del self._quotes[request_id]
+            if self.is_open and not (ticks.is_ended or ticks.error):
+                self.ib.client.cancelMktData(request_id)
+
+    @contextmanager
+    def hearing(self, api_id: int) -> Iterator[list[tuple[int, str]]]:
+        """Collects the errors about one order while it is placed or cancelled."""
+        heard = self._heard[api_id] = []
+        try:
+            yield heard
+        except asyncio.CancelledError:
+            self.doubt()
+            raise
+        finally:
+            del self._heard[api_id]
+
+
+def _first(ear: Callable[..., None], then: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls ours, then the SDK's own handler of a message."""
+
+    def hear(*arguments: Any) -> Any:
+        try:
+            ear(*arguments)
+        except Exception:
+            log.exception("a message of TWS could not be understood")
+        return then(*arguments)
+
+    return hear
