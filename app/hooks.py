@@ -11,6 +11,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from httptrading.app.logs import log_to_stderr, secrets_of
+
 STOP_WITHIN = 4
 """Seconds from SIGTERM until gunicorn's master kills a worker process that has not ended."""
 
@@ -43,6 +45,7 @@ def post_worker_init(worker: Any) -> None:
     a signal handler; a thread of its own does the work.
     """
     gateway = _gateway(worker)
+    log_to_stderr(secrets_of(gateway.settings.values()))
     gateway.start()
     # This process's own copy of the setting: the master keeps STOP_WITHIN.
     worker.cfg.set("graceful_timeout", min(worker.cfg.graceful_timeout, _REQUESTS_END_WITHIN))

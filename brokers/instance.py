@@ -97,6 +97,7 @@ class ConnectionState:
     name: str
     state: WorkerState
     queued: int
+    child_memory: int | None  # resident bytes of the child process
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,13 @@ class InstanceState:
     quote_regions: tuple[str, ...] | None
     unsettled: int
     oldest_unsettled: datetime | None
+
+    @property
+    def unsettled_seconds(self) -> float:
+        """The age of the oldest order whose outcome is not known."""
+        if self.oldest_unsettled is None:
+            return 0.0
+        return (datetime.now(UTC) - self.oldest_unsettled).total_seconds()
 
 
 class Instance:
@@ -200,7 +208,7 @@ class Instance:
         regions = self.broker.quote_regions
         return InstanceState(
             connections=tuple(
-                ConnectionState(name, worker.state, worker.queued())
+                ConnectionState(name, worker.state, worker.queued(), worker.child_memory())
                 for name, worker in self.workers.items()
             ),
             windows=self.windows.state(),

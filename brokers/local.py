@@ -30,6 +30,8 @@ log = logging.getLogger("httptrading.broker")
 class LocalBroker:
     """A copy of the prototype with its connection."""
 
+    pid = None  # it has no process of its own
+
     def __init__(
         self, prototype: BaseBroker, connection: str, data_dir: Path, link: Link | None
     ) -> None:

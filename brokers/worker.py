@@ -16,12 +16,14 @@ import asyncio
 import bisect
 import itertools
 import logging
+import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from httptrading.brokers.base import Link
@@ -64,6 +66,9 @@ class Backend(Protocol):
     async def close(self) -> None: ...
 
     def interrupt(self) -> None: ...
+
+    @property
+    def pid(self) -> int | None: ...
 
 
 class Listener(Protocol):
@@ -195,9 +200,10 @@ class Worker:
     def queued(self) -> int:
         return len(self._queue)
 
-    def running(self) -> Call | None:
+    def child_memory(self) -> int | None:
+        """Resident bytes of the child process; None in a thread, or where /proc does not tell."""
         lane = self._lane
-        return lane.current if lane else None
+        return lane.child_memory() if lane else None
 
     def _unavailable(self, now: float) -> BrokerUnavailable:
         why = self.state.last_error or "The connection to the broker is being made"
@@ -392,6 +398,16 @@ class _Lane(threading.Thread):
         if self._wake_sent is not None and now > self._wake_sent + self._worker._hard_limit:
             return "The connection's thread is blocked"
         return ""
+
+    def child_memory(self) -> int | None:
+        pid = self._backend.pid
+        if pid is None:
+            return None
+        try:
+            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        except (OSError, ValueError, IndexError):
+            return None
+        return pages * os.sysconf("SC_PAGE_SIZE")
 
     def _post(self, function: Callable[..., None], *arguments: Any) -> None:
         try:

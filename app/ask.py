@@ -1,0 +1,136 @@
+"""One admitted request: its instance, its deadline, its input."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from typing import Any, TypeVar
+
+from flask import Request
+from marshmallow import EXCLUDE, Schema, ValidationError
+from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
+
+from httptrading.brokers.instance import Instance
+from httptrading.errors import InvalidRequest
+from httptrading.schemas.numbers import load_json
+
+LARGEST_BODY = 64 * 1024
+SHORTEST_DEADLINE, LONGEST_DEADLINE = 1.0, 30.0
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_SECONDS = re.compile(r"[0-9]{1,3}(\.[0-9]{1,6})?")
+
+_Loaded = TypeVar("_Loaded")
+
+
+class BodyTooLarge(InvalidRequest):
+    """413."""
+
+
+class WrongContentType(InvalidRequest):
+    """415."""
+
+
+class WrongMethod(InvalidRequest):
+    """405."""
+
+    def __init__(self, allowed: str) -> None:
+        super().__init__(f"This route takes {allowed} requests.")
+        self.allowed = allowed
+
+
+def request_id_of(request: Request) -> str:
+    """The client's `X-Request-ID`, or one of ours."""
+    given = request.headers.get("X-Request-ID", "")
+    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+
+
+class Ask:
+    """What a view works on."""
+
+    def __init__(
+        self,
+        request: Request,
+        instance: Instance,
+        request_id: str,
+        *,
+        lenient: bool,
+        order_node: type[Schema],
+    ) -> None:
+        """`lenient`: unknown keys of a body are ignored; `order_node`: how an order is worded (both
+        differ under `compat="1.0"`)."""
+        self.request = request
+        self.instance = instance
+        self.broker = instance.broker
+        self.request_id = request_id
+        self.lenient = lenient
+        self.order_node = order_node
+        self.began = time.monotonic()
+        self.deadline = self.began + instance.settings.deadline
+        self.fresh = "no-cache" in request.headers.get("Cache-Control", "").lower()
+        self.raw_body: Any = None
+
+    def limit_time(self) -> None:
+        """Takes the client's own limit, `HT-TIMEOUT`, in seconds."""
+        given = self.request.headers.get("HT-TIMEOUT")
+        if given is None:
+            return
+        seconds = float(given) if _SECONDS.fullmatch(given) else 0.0
+        if not SHORTEST_DEADLINE <= seconds <= LONGEST_DEADLINE:
+            raise InvalidRequest(
+                "The header HT-TIMEOUT must be a number of seconds from 1 to 30.",
+                {"HT-TIMEOUT": ["must be a number of seconds from 1 to 30"]},
+            )
+        self.deadline = self.began + seconds
+
+    def query(self, schema: type[Schema], kind: type[_Loaded]) -> _Loaded:
+        return _load(schema(), self.request.args.to_dict(), kind)
+
+    def body(self, schema: type[Schema], kind: type[_Loaded]) -> _Loaded:
+        """The JSON body, loaded; every bad field is named."""
+        mimetype = self.request.mimetype
+        if mimetype != "application/json" and not mimetype.endswith("+json"):
+            raise WrongContentType("Send the body as JSON, with Content-Type: application/json.")
+        self.request.max_content_length = LARGEST_BODY
+        try:
+            text = self.request.get_data(cache=False)
+        except (RequestEntityTooLarge, ClientDisconnected):
+            raise BodyTooLarge(f"The body is larger than {LARGEST_BODY} bytes.") from None
+        try:
+            self.raw_body = load_json(text.decode("utf-8"))
+        except ValueError:
+            raise InvalidRequest("The body is not valid JSON (UTF-8).") from None
+        if not isinstance(self.raw_body, dict):
+            raise InvalidRequest("The body must be a JSON object.")
+        unknown = EXCLUDE if self.lenient else None
+        return _load(schema(unknown=unknown), self.raw_body, kind)
+
+
+def _load(schema: Schema, data: Any, kind: type[_Loaded]) -> _Loaded:
+    try:
+        loaded = schema.load(data)
+    except ValidationError as error:
+        fields = _flat(error.normalized_messages())
+        listed = "; ".join(f"{name} {', '.join(texts)}" for name, texts in fields.items())
+        raise InvalidRequest(f"The request is not valid: {listed}.", fields) from None
+    if not isinstance(loaded, kind):
+        raise TypeError(f"{type(schema).__name__} loads no {kind.__name__}")
+    return loaded
+
+
+def _flat(messages: Any) -> dict[str, list[str]]:
+    """marshmallow's messages, a list of sentences for each field."""
+    flat: dict[str, list[str]] = {}
+    for name, texts in messages.items():
+        sentences = texts if isinstance(texts, list) else [str(texts)]
+        flat[str(name)] = [_sentence(str(text)) for text in sentences]
+    return flat
+
+
+def _sentence(text: str) -> str:
+    return {
+        "Missing data for required field.": "is missing",
+        "Unknown field.": "is not a known field",
+        "Field may not be null.": "must not be null",
+    }.get(text, text)

@@ -1,0 +1,189 @@
+"""The blueprint: the table of routes, and the one way every request goes.
+
+Admission (instance id and token), method, time limit, view, envelope; any error becomes an answer
+here. Nothing of a host application is touched: not its error handlers, its JSON settings or its
+logging.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flask import Blueprint, Response, request
+
+from httptrading.app import account, compat, market, order
+from httptrading.app.answers import (
+    envelope,
+    error_answer,
+    json_answer,
+    not_found,
+    our_bug,
+)
+from httptrading.app.ask import (
+    Ask,
+    BodyTooLarge,
+    WrongContentType,
+    WrongMethod,
+    request_id_of,
+)
+from httptrading.app.auth import Doorkeeper
+from httptrading.app.config import Settings
+from httptrading.app.metrics import Metrics
+from httptrading.app.openapi import openapi_document
+from httptrading.brokers.gateway import Gateway
+from httptrading.errors import HttpTradingError
+from httptrading.schemas.numbers import dump_json
+from httptrading.schemas.response import OrderNode
+
+log = logging.getLogger("httptrading.access")
+
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
+
+
+@dataclass(frozen=True)
+class Route:
+    method: str
+    view: Callable[[Ask], Any]
+
+
+ROUTES: dict[str, Route] = {
+    "ping/state": Route("GET", account.ping_state),
+    "market/quote": Route("GET", market.market_quote),
+    "market/state": Route("GET", market.market_state),
+    "cash/state": Route("GET", account.cash_state),
+    "position/state": Route("GET", account.position_state),
+    "order/place": Route("POST", order.place),
+    "order/cancel": Route("POST", order.cancel),
+    "order/state": Route("GET", order.state),
+    "order/list": Route("GET", order.list_),
+    "order/fills": Route("GET", order.fills),
+    "order/cancel-all": Route("POST", order.cancel_all),
+    "instance/state": Route("GET", account.instance_state),
+}
+
+_STATUS_OF = {BodyTooLarge: 413, WrongContentType: 415, WrongMethod: 405}
+
+
+class Service:
+    """What the views of one blueprint share."""
+
+    def __init__(self, settings: Settings, gateway: Gateway) -> None:
+        self.settings = settings
+        self.gateway = gateway
+        self.metrics = Metrics(gateway) if settings.metrics_token else None
+        self.doorkeeper = Doorkeeper(
+            (one.broker.instance_id, one.broker.tokens) for one in settings.instances
+        )
+        self._compat = settings.compat == "1.0"
+
+    def serve(self, path: str, instance_id: str) -> Response:
+        """One request below an instance."""
+        began = time.monotonic()
+        token = request.headers.get(self.settings.token_header, "")
+        admitted = self.doorkeeper.admits(instance_id, token)
+        route = ROUTES.get(path)
+        if admitted is None or route is None:
+            return not_found()
+        request_id = request_id_of(request)
+        outcome = "OK"
+        try:
+            response = self._answer(path, route, admitted, request_id)
+        except HttpTradingError as error:
+            outcome = error.code
+            response = self._error(admitted, error, request_id)
+        except Exception as error:
+            outcome = "INTERNAL"
+            response = self._error(admitted, our_bug(error, request_id), request_id)
+        response.headers["X-Request-ID"] = request_id
+        seconds = time.monotonic() - began
+        if self.metrics is not None:
+            self.metrics.observe(path, outcome, seconds)
+        log.info(
+            "%s %s",
+            request.method,
+            path,
+            extra={
+                "request_id": request_id,
+                "instance": admitted[:4] + "…",
+                "status": response.status_code,
+                "outcome": outcome,
+                "milliseconds": round(seconds * 1000, 2),
+            },
+        )
+        return response
+
+    def _answer(self, path: str, route: Route, instance_id: str, request_id: str) -> Response:
+        method = "GET" if request.method == "HEAD" else request.method
+        if method != route.method:
+            raise WrongMethod(route.method)
+        ask = Ask(
+            request,
+            self.gateway.instance(instance_id),
+            request_id,
+            lenient=self._compat,
+            order_node=compat.OrderNode10 if self._compat else OrderNode,
+        )
+        ask.limit_time()
+        found = route.view(ask)
+        body, placed = found if isinstance(found, tuple) else (found, None)
+        if self._compat:
+            body = compat.success(path, body, ask.raw_body)
+        response = json_answer(envelope(ask.broker, None, placed and placed.time) | body)
+        if placed is not None and placed.replayed:
+            response.headers["Idempotent-Replayed"] = "true"
+        return response
+
+    def _error(self, instance_id: str, error: HttpTradingError, request_id: str) -> Response:
+        broker = self.gateway.settings[instance_id].broker
+        if self._compat:
+            return json_answer(envelope(broker, error.text))
+        status = _STATUS_OF.get(type(error))
+        response = error_answer(broker, error, request_id, status)
+        if isinstance(error, WrongMethod):
+            response.headers["Allow"] = error.allowed
+        return response
+
+    def metrics_page(self) -> Response:
+        if self.metrics is None or not self.metrics.admits(
+            request.headers.get("Authorization", ""), self.settings.metrics_token or ""
+        ):
+            return not_found()
+        return self.metrics.page()
+
+
+def make_blueprint(service: Service, url_prefix: str) -> Blueprint:
+    """Every route answers every method itself, so that a stranger learns nothing from a 405."""
+    blueprint = Blueprint("httptrading", __name__, url_prefix=url_prefix)
+
+    def add(rule: str, endpoint: str, view: Callable[..., Response]) -> None:
+        blueprint.add_url_rule(
+            rule, endpoint, view, methods=METHODS, provide_automatic_options=False
+        )
+
+    for path in ROUTES:
+        name = path.replace("/", "_").replace("-", "_")
+        add(f"/api/<instance_id>/{path}", name, _view(service, path))
+    add(
+        "/api/<instance_id>/<path:path>",
+        "unknown",
+        lambda instance_id, path: service.serve(path, instance_id),
+    )
+    blueprint.add_url_rule("/healthz", "healthz", lambda: json_answer({"status": "ok"}))
+    blueprint.add_url_rule("/metrics", "metrics", service.metrics_page)
+    document: list[str] = []
+
+    def openapi() -> Response:
+        if not document:
+            document.append(dump_json(openapi_document(service.settings, url_prefix)))
+        return Response(document[0], 200, content_type="application/json")
+
+    blueprint.add_url_rule("/openapi.json", "openapi", openapi)
+    return blueprint
+
+
+def _view(service: Service, path: str) -> Callable[[str], Response]:
+    return lambda instance_id: service.serve(path, instance_id)

@@ -1,0 +1,1 @@
+"""JSON in and out; the only place that knows JSON names."""

@@ -1,0 +1,233 @@
+"""What comes in: bodies and queries of the routes, loaded into the model's objects.
+
+Bodies refuse unknown keys (a misspelt `price` must not become a market order); queries ignore them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from marshmallow import (
+    EXCLUDE,
+    RAISE,
+    Schema,
+    ValidationError,
+    fields,
+    post_load,
+    pre_load,
+    validates_schema,
+)
+
+from httptrading.model import Contract, Lifecycle, OrderType, TimeInForce, TradeType
+from httptrading.schemas.fields import (
+    EnumName,
+    OneOf,
+    Price,
+    Quantity,
+    Text,
+    client_order_id,
+    order_id,
+)
+from httptrading.tickers import REGIONS, canonical_ticker
+
+DIRECTIONS = ("BUY", "SELL")
+_ANY_TEXT = re.compile(r".{1,32}", re.DOTALL)
+_CURRENCY = re.compile(r"[A-Z]{3}")
+
+
+@dataclass(frozen=True)
+class PlaceBody:
+    """A loaded order/place body; see `brokers.journal.OrderRequest` for the same without a name."""
+
+    contract: Contract
+    order_type: OrderType
+    time_in_force: TimeInForce
+    lifecycle: Lifecycle
+    direction: str
+    qty: int
+    price: Any
+    client_order_id: str | None
+
+
+@dataclass(frozen=True)
+class OrderName:
+    """One order, by the broker's id or by the client's."""
+
+    order_id: str | None
+    client_order_id: str | None
+
+
+@dataclass(frozen=True)
+class ListQuery:
+    open_: bool | None
+    since: datetime | None
+    limit: int
+
+
+class _ContractFields(Schema):
+    """`symbol` is taken as another name of `ticker`."""
+
+    tradeType = EnumName(TradeType, required=True)
+    region = OneOf(REGIONS, required=True)
+    ticker = Text(_ANY_TEXT, "must be a string of 1 to 32 characters", required=True)
+
+    @pre_load
+    def symbol_is_ticker(self, data: Any, **kwargs: Any) -> Any:
+        if isinstance(data, Mapping) and "symbol" in data:
+            data = dict(data)
+            symbol = data.pop("symbol")
+            if data.setdefault("ticker", symbol) != symbol:
+                raise ValidationError("differs from ticker; give one of them", "symbol")
+        return data
+
+    @validates_schema(skip_on_field_errors=False)
+    def check_ticker(self, data: Mapping[str, Any], **kwargs: Any) -> None:
+        if "region" in data and "ticker" in data:
+            try:
+                canonical_ticker(data["region"], data["ticker"])
+            except ValueError as error:
+                raise ValidationError(str(error), "ticker") from None
+
+
+def _contract(data: Mapping[str, Any]) -> Contract:
+    return Contract(
+        data["tradeType"], canonical_ticker(data["region"], data["ticker"]), data["region"]
+    )
+
+
+class ContractQuery(_ContractFields):
+    """market/quote."""
+
+    class Meta:
+        unknown = EXCLUDE
+
+    @post_load
+    def to_contract(self, data: Mapping[str, Any], **kwargs: Any) -> Contract:
+        return _contract(data)
+
+
+class PositionQuery(Schema):
+    """position/state: all three optional, to ask for one holding or one market."""
+
+    class Meta:
+        unknown = EXCLUDE
+
+    tradeType = EnumName(TradeType)
+    region = OneOf(REGIONS)
+    ticker = Text(_ANY_TEXT, "must be a string of 1 to 32 characters")
+    symbol = Text(_ANY_TEXT, "must be a string of 1 to 32 characters")
+
+    @post_load
+    def canonical(self, data: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """{"region": …, "ticker": …}, either of them None."""
+        region, ticker = data.get("region"), data.get("ticker", data.get("symbol"))
+        if ticker is not None:
+            if region is None:
+                raise ValidationError("needs region beside it", "ticker")
+            try:
+                ticker = canonical_ticker(region, ticker)
+            except ValueError as error:
+                raise ValidationError(str(error), "ticker") from None
+        return {"region": region, "ticker": ticker}
+
+
+class CashQuery(Schema):
+    """cash/state."""
+
+    class Meta:
+        unknown = EXCLUDE
+
+    currency = Text(_CURRENCY, "must be three capital letters, like USD or HKD")
+
+
+class PlaceOrder(_ContractFields):
+    """The body of order/place."""
+
+    class Meta:
+        unknown = RAISE
+
+    price = Price(allow_none=True)
+    qty = Quantity(required=True)
+    orderType = EnumName(OrderType, required=True)
+    timeInForce = EnumName(TimeInForce, required=True)
+    lifecycle = EnumName(Lifecycle, required=True)
+    direction = OneOf(DIRECTIONS, required=True)
+    clientOrderId = client_order_id()
+
+    @validates_schema(pass_original=True, skip_on_field_errors=False)
+    def check_price(self, data: Mapping[str, Any], original: Any, **kwargs: Any) -> None:
+        given = isinstance(original, Mapping) and original.get("price") is not None
+        if data.get("orderType") is OrderType.Limit and not given:
+            raise ValidationError("a limit order needs a price", "price")
+        if data.get("orderType") is OrderType.Market and given:
+            raise ValidationError("a market order takes no price; leave it out", "price")
+
+    @post_load
+    def to_body(self, data: Mapping[str, Any], **kwargs: Any) -> PlaceBody:
+        return PlaceBody(
+            contract=_contract(data),
+            order_type=data["orderType"],
+            time_in_force=data["timeInForce"],
+            lifecycle=data["lifecycle"],
+            direction=data["direction"],
+            qty=data["qty"],
+            price=data.get("price"),
+            client_order_id=data.get("clientOrderId"),
+        )
+
+
+class _OrderNameFields(Schema):
+    orderId = order_id()
+    clientOrderId = client_order_id()
+
+    @validates_schema
+    def check_one(self, data: Mapping[str, Any], **kwargs: Any) -> None:
+        if ("orderId" in data) == ("clientOrderId" in data):
+            raise ValidationError("give either orderId or clientOrderId", "orderId")
+
+    @post_load
+    def to_name(self, data: Mapping[str, Any], **kwargs: Any) -> OrderName:
+        return OrderName(data.get("orderId"), data.get("clientOrderId"))
+
+
+class CancelOrder(_OrderNameFields):
+    """The body of order/cancel."""
+
+    class Meta:
+        unknown = RAISE
+
+
+class OrderQuery(_OrderNameFields):
+    """order/state."""
+
+    class Meta:
+        unknown = EXCLUDE
+
+
+class FillsQuery(Schema):
+    """order/fills."""
+
+    class Meta:
+        unknown = EXCLUDE
+
+    orderId = order_id(required=True)
+
+
+class OrderListQuery(Schema):
+    """order/list."""
+
+    class Meta:
+        unknown = EXCLUDE
+
+    status = OneOf(("open", "closed", "all"), load_default="all")
+    since = fields.AwareDateTime(format="iso", default_timezone=UTC)
+    limit = fields.Integer(load_default=100, validate=lambda value: 1 <= value <= 1000)
+
+    @post_load
+    def to_query(self, data: Mapping[str, Any], **kwargs: Any) -> ListQuery:
+        open_ = {"open": True, "closed": False, "all": None}[data["status"]]
+        return ListQuery(open_, data.get("since"), data["limit"])
