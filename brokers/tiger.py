@@ -38,7 +38,6 @@ from httptrading.model import (
     Position,
     Quote,
     TimeInForce,
-    TradeType,
     UnifiedStatus,
     Unit,
 )
@@ -333,8 +332,12 @@ class Tiger(BaseBroker):
             raise BrokerUnavailable("Tiger's order list does not end")
         self.take("high")
         older = self._read(
-            lambda: self._trade.get_open_orders(self._account, sec_type="STK", limit=PAGE)
+            lambda: self._trade.get_open_orders(
+                self._account, sec_type="STK", end_time=since, limit=PAGE
+            )
         )
+        if len(older or []) >= PAGE:  # this list has no pages
+            raise BrokerUnavailable(f"There are {PAGE} and more open orders of long ago")
         for order in older or []:
             found.setdefault(str(order.id), mapping.parse_order(order))
         return list(found.values())
@@ -452,4 +455,4 @@ class Tiger(BaseBroker):
             if region in CURRENCIES:
                 unified = mapping.MARKET_STATES.get(word, UnifiedStatus.UNKNOWN)
                 found[region] = MarketStatus(region, word, unified)
-        return {TradeType.Securities.value: found}
+        return {"securities": found}

@@ -1,0 +1,984 @@
+"""Tiger with the real tigeropen SDK, over sockets, against the simulated gateway and push."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from decimal import Decimal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from httptrading.brokers import tiger, tiger_http, tiger_push
+from httptrading.brokers import tiger_mapping as mapping
+from httptrading.brokers.base import combine
+from httptrading.brokers.limits import Windows
+from httptrading.brokers.tiger import Tiger
+from httptrading.errors import (
+    BrokerUnavailable,
+    HttpTradingError,
+    InvalidRequest,
+    OrderNotFound,
+    OutcomeUnknown,
+    RateLimited,
+    Rejected,
+    TimedOut,
+    Unsupported,
+)
+from httptrading.model import (
+    Contract,
+    Fill,
+    Lifecycle,
+    OrderReport,
+    OrderType,
+    TimeInForce,
+    TradeType,
+    UnifiedStatus,
+)
+from simulators.exchange import Exchange, ExchangePosition, FaultKind, OrderStatus
+from simulators.tiger_gateway import (
+    CLIENT_KEYS,
+    STRANGER_KEYS,
+    Spoil,
+    TigerGateway,
+    self_signed_certificate,
+)
+
+PRIME, GLOBAL, PAPER = "12345678", "U1234567", "20191106192858300"
+SECRET = "institution-secret-7731"
+HIGH = ("order_no", "place", "cancel", "order", "orders", "quote")
+MEDIUM = ("ping", "cash", "positions", "fills")
+LOW = ("market", "grab", "quote_permission")
+
+
+class Recorder:
+    """The worker's side of a broker copy: remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.reports: list[OrderReport] = []
+        self.stales = self.restorations = 0
+        self.windows = Windows(Tiger.windows)
+        self.changed = threading.Condition()
+
+    def _note(self) -> None:
+        with self.changed:
+            self.changed.notify_all()
+
+    def report(self, reports: Iterable[OrderReport]) -> None:
+        self.reports.extend(reports)
+        self._note()
+
+    def fill(self, fills: Iterable[Fill]) -> None:
+        raise AssertionError("Tiger pushes no fills")
+
+    def stale(self) -> None:
+        self.stales += 1
+        self._note()
+
+    def lost(self, reason: str) -> None:
+        raise AssertionError("push alone never breaks a connection")
+
+    def restored(self) -> None:
+        self.restorations += 1
+        self._note()
+
+    def take(self, window: str) -> None:
+        self.windows.take(window)
+
+    def quote_of(self, instance_id: str, contract: Contract) -> Any:
+        raise AssertionError("Tiger has quotes of its own")
+
+    def wait_for(self, condition: Callable[[], Any]) -> None:
+        with self.changed:
+            assert self.changed.wait_for(condition, 20)
+
+
+@pytest.fixture
+def exchange() -> Exchange:
+    return Exchange()
+
+
+@pytest.fixture
+def gateway(exchange: Exchange) -> Iterator[TigerGateway]:
+    with TigerGateway(exchange, accounts=(PRIME, GLOBAL, PAPER)) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def args(gateway: TigerGateway, tmp_path: Path) -> dict[str, Any]:
+    return arguments(gateway, tmp_path)
+
+
+def arguments(gateway: TigerGateway, directory: Path, account: str = PRIME) -> dict[str, Any]:
+    return {
+        "tiger_id": gateway.tiger_id,
+        "account": account,
+        "pk_path": str(gateway.write_key(directory)),
+        "server_url": gateway.server_url,
+        "push_host": "127.0.0.1",
+        "push_port": gateway.push_port,
+        "push_ssl": False,
+        "tiger_public_key": gateway.public_key,
+        "timeout": 5,
+    }
+
+
+@contextmanager
+def connected(args: dict[str, Any], connection: str, **changes: Any) -> Iterator[Any]:
+    """A connected copy of the broker with its `Recorder` as `link`."""
+    broker: Any = Tiger(args | changes)
+    broker.connection = connection
+    broker.link = broker._link = Recorder()
+    try:
+        broker.connect()
+        yield broker
+    finally:
+        broker.close()
+
+
+@pytest.fixture
+def trade(args: dict[str, Any]) -> Iterator[Any]:
+    with connected(args, "trade", push_host="") as broker:
+        yield broker
+
+
+@pytest.fixture
+def account(args: dict[str, Any]) -> Iterator[Any]:
+    with connected(args, "account") as broker:
+        yield broker
+
+
+@pytest.fixture
+def quotes(args: dict[str, Any]) -> Iterator[Any]:
+    with connected(args, "quote") as broker:
+        yield broker
+
+
+def contract(ticker: str = "AAPL", region: str = "US") -> Contract:
+    return Contract(TradeType.Securities, ticker, region)
+
+
+def place(broker: Any, **changes: Any) -> str:
+    order = {
+        "contract": contract(),
+        "order_type": OrderType.Limit,
+        "time_in_force": TimeInForce.DAY,
+        "lifecycle": Lifecycle.RTH,
+        "direction": "BUY",
+        "qty": 12,
+        "price": 200.01,
+        "mark": "mark-1",
+        "client_order_id": "client-1",
+    }
+    return str(broker.place_order(**(order | changes)))
+
+
+# --- what is on the wire ----------------------------------------------------------------------
+US = {"symbol": "AAPL", "currency": "USD", "outside_rth": False, "trading_session_type": "RTH"}
+HK = {"symbol": "00700", "currency": "HKD", "outside_rth": False}
+
+
+@pytest.mark.parametrize(
+    ("changes", "wire"),
+    [
+        ({}, US),
+        ({"lifecycle": Lifecycle.ETH}, US | {"outside_rth": True, "session": "PRE_RTH_POST"}),
+        ({"lifecycle": Lifecycle.OVERNIGHT}, US | {"outside_rth": True, "session": "OVERNIGHT"}),
+        ({"time_in_force": TimeInForce.GTC}, US | {"time_in_force": "GTC"}),
+        ({"contract": contract("BRK.B")}, US | {"symbol": "BRK.B"}),
+        ({"direction": "SELL", "qty": 1}, US | {"action": "SELL", "total_quantity": 1}),
+        ({"price": 0.0001}, US | {"limit_price": 0.0001}),
+        ({"contract": contract("00700", "HK"), "price": 300.2}, HK | {"limit_price": 300.2}),
+        (
+            {"order_type": OrderType.Market, "price": None},
+            US | {"session": None, "order_type": "MKT", "limit_price": None},
+        ),
+        (
+            {
+                "contract": contract("00005", "HK"),
+                "order_type": OrderType.Market,
+                "price": None,
+                "mark": None,
+            },
+            HK | {"symbol": "00005", "order_type": "MKT", "limit_price": None, "user_mark": None},
+        ),
+    ],
+    ids=lambda value: None,
+)
+def test_every_field_of_an_order(
+    trade: Any, exchange: Exchange, changes: dict[str, Any], wire: dict[str, Any]
+) -> None:
+    order_id = place(trade, **changes)
+    expected = {
+        "account": PRIME,
+        "lang": "en_US",
+        "sec_type": "STK",
+        "action": "BUY",
+        "order_type": "LMT",
+        "order_id": 1001,  # the number reserved right before
+        "total_quantity": 12,
+        "limit_price": 200.01,
+        "time_in_force": "DAY",
+        "user_mark": "mark-1",
+    } | wire
+    session = expected.pop("session", expected.get("trading_session_type"))
+    expected["trading_session_type"] = session
+    expected = {name: value for name, value in expected.items() if value is not None}
+    assert exchange.orders[order_id].wire == expected
+    assert int(order_id) > 2**53
+    assert [r.operation for r in exchange.requests] == ["order_no", "place"]
+
+
+def test_two_orders_have_two_numbers(trade: Any, exchange: Exchange) -> None:
+    ids = {place(trade), place(trade)}
+    assert len(ids) == 2
+    assert {exchange.orders[one].wire["order_id"] for one in ids} == {1001, 1002}
+
+
+@pytest.mark.parametrize("price", [float("nan"), float("inf")])
+def test_no_odd_price_leaves(trade: Any, exchange: Exchange, price: float) -> None:
+    with pytest.raises(InvalidRequest):
+        place(trade, price=price)
+    assert not exchange.requests
+
+
+def test_institutions_say_their_secret_key(args: dict[str, Any], tmp_path: Path) -> None:
+    exchange = Exchange()
+    with TigerGateway(exchange, secret_key=SECRET) as gateway:
+        given = arguments(gateway, tmp_path) | {"secret_key": SECRET}
+        with connected(given, "trade", push_host="") as broker:
+            order_id = place(broker)
+            assert exchange.orders[order_id].wire["secret_key"] == SECRET
+        with connected(given, "account") as broker:
+            assert broker.order(order_id).mark == "mark-1"
+
+
+@pytest.mark.parametrize(
+    "order_id",
+    ["0", "1_000", "", "abc", "-1", " 7", "7 ", "+7", "7.0", "０７", "٣", "9" * 19, "1e5"],
+)
+def test_junk_ids_are_no_order(trade: Any, account: Any, exchange: Exchange, order_id: str) -> None:
+    place(trade)  # the only order there is, which the SDK would return for id 0
+    before = len(exchange.requests)
+    for look in (account.order, account.fills, trade.cancel_order):
+        with pytest.raises(OrderNotFound):
+            look(order_id)
+    assert len(exchange.requests) == before
+
+
+def test_an_unknown_id_is_no_order(trade: Any, account: Any) -> None:
+    place(trade)
+    with pytest.raises(OrderNotFound):
+        account.order("40139406481165313")
+    with pytest.raises(OrderNotFound):
+        trade.cancel_order("40139406481165313")
+
+
+# --- what becomes of an order -----------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("wire", "filled", "outcome"),
+    [
+        ("Initial", 0, ""),
+        ("PendingSubmit", 0, ""),
+        ("Submitted", 0, ""),
+        ("Submitted", 5, ""),
+        ("PartiallyFilled", 5, ""),
+        (2, 5, ""),
+        (8, 0, ""),
+        ("Something new", 0, ""),
+        ("PendingCancel", 5, "pending cancel"),
+        (3, 0, "pending cancel"),
+        ("Cancelled", 0, "canceled"),
+        ("Cancelled", 5, "canceled"),
+        ("Cancelled", 12, "filled"),
+        ("Filled", 12, "filled"),
+        ("Filled", 5, ""),  # a global account's partial fill
+        ("PendingSubmit", 12, "filled"),
+        ("Inactive", 0, "no money"),
+        ("Inactive", 5, "no money"),
+        ("Invalid", 0, "no money"),
+        (-2, 5, "no money"),
+    ],
+)
+def test_statuses(
+    trade: Any,
+    account: Any,
+    gateway: TigerGateway,
+    exchange: Exchange,
+    wire: str | int,
+    filled: int,
+    outcome: str,
+) -> None:
+    order_id = place(trade)
+    if filled:
+        exchange.fill(order_id, filled, "199.5")
+    exchange.settle(order_id, OrderStatus.WORKING, "no money")
+    gateway.wire_status[order_id] = wire
+    order = account.order(order_id).order
+    assert (order.order_id, order.currency, order.qty) == (order_id, "USD", 12)
+    assert (order.filled_qty, order.avg_price) == (filled, Decimal("199.5") if filled else 0)
+    assert order.is_filled is (outcome == "filled")
+    assert order.is_canceled is (outcome == "canceled")
+    assert order.is_pending_cancel is (outcome == "pending cancel")
+    assert order.error_reason == ("no money" if outcome == "no money" else "")
+    assert order.is_completed is (outcome in {"filled", "canceled", "no money"})
+
+
+def test_a_failure_without_a_reason_is_named(trade: Any, account: Any, exchange: Exchange) -> None:
+    rejected, expired = place(trade), place(trade)
+    exchange.reject(rejected, "")
+    exchange.expire(expired)
+    assert account.order(rejected).order.error_reason == "Rejected"
+    assert account.order(expired).order.error_reason == "Expired"
+
+
+def test_an_order_comes_back_whole(trade: Any, account: Any, exchange: Exchange) -> None:
+    order_id = place(trade, contract=contract("00700", "HK"), price=300.2)
+    overnight = place(trade, lifecycle=Lifecycle.OVERNIGHT, direction="SELL", mark="mark-2")
+    report = account.order(order_id)
+    assert (report.mark, report.contract) == ("mark-1", contract("00700", "HK"))
+    assert (report.direction, report.order_type) == ("BUY", OrderType.Limit)
+    assert (report.price, report.time_in_force) == (Decimal("300.2"), TimeInForce.DAY)
+    assert report.lifecycle is Lifecycle.RTH and report.order.currency == "HKD"
+    assert abs(report.time.timestamp() - exchange.orders[order_id].epoch) < 1
+    other = account.order(overnight)
+    assert (other.lifecycle, other.direction, other.mark) == (Lifecycle.OVERNIGHT, "SELL", "mark-2")
+
+
+def test_cancelling(trade: Any, account: Any, exchange: Exchange) -> None:
+    order_id = place(trade)
+    trade.cancel_order(order_id)
+    assert exchange.received("cancel")[0].fields["id"] == int(order_id)
+    assert account.order(order_id).order.is_canceled
+    with pytest.raises(Rejected, match="finished .cancelled."):
+        trade.cancel_order(order_id)
+    filled = place(trade)
+    exchange.fill(filled, 12, "200")
+    with pytest.raises(Rejected, match="finished .filled.*"):
+        trade.cancel_order(filled)
+
+
+def test_the_listing_has_every_page(
+    trade: Any, account: Any, exchange: Exchange, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiger, "PAGE", 2)
+    ids = {place(trade, mark=f"mark-{n}") for n in range(5)}
+    old = ids.pop()
+    exchange.orders[old].epoch -= 60 * 86400  # still open after two months
+    done = ids.pop()
+    exchange.cancel(done)
+    listed = {report.order.order_id: report for report in account.recent_orders()}
+    assert set(listed) == ids | {old, done}
+    assert listed[done].order.is_canceled
+    assert {report.mark for report in listed.values()} == {f"mark-{n}" for n in range(5)}
+
+
+def test_a_listing_is_whole_or_an_error(trade: Any, account: Any, gateway: TigerGateway) -> None:
+    place(trade)
+    gateway.spoil("orders", Spoil.SERVER_ERROR)
+    with pytest.raises(BrokerUnavailable, match="502"):
+        account.recent_orders()
+
+
+def test_fills(trade: Any, account: Any, exchange: Exchange) -> None:
+    order_id, other = place(trade), place(trade)
+    exchange.fill(order_id, Decimal("1.25"), "199.5")
+    exchange.fill(order_id, 3, "199.25")
+    exchange.fill(other, 1, "7")
+    fills = account.fills(order_id)
+    assert [(fill.qty, fill.price) for fill in fills] == [
+        (Decimal("1.25"), Decimal("199.5")),
+        (3, Decimal("199.25")),
+    ]
+    assert len({fill.fill_id for fill in fills}) == 2
+    assert all(fill.order_id == order_id and fill.time.tzinfo for fill in fills)
+
+
+def test_global_accounts_have_no_single_fills(args: dict[str, Any]) -> None:
+    with connected(args, "account", account=GLOBAL) as broker, pytest.raises(Unsupported):
+        broker.fills("40139406481165313")
+
+
+# --- the account ------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", [PRIME, PAPER, GLOBAL], ids=["prime", "paper", "global"])
+def test_cash_per_currency(args: dict[str, Any], exchange: Exchange, kind: str) -> None:
+    with connected(args, "account", account=kind) as broker:
+        assert broker.ping() is True
+        assert broker.cash().amount == Decimal("30877.499")
+        assert broker.cash("HKD").amount == Decimal("1000.5")
+        assert broker.cash("CNH").amount == 0
+        exchange.cash["USD"] = Decimal("-12.5")
+        assert broker.cash("USD").amount == Decimal("-12.5")
+
+
+def test_cash_of_the_segment_alone(account: Any, gateway: TigerGateway) -> None:
+    gateway.currency_assets = False
+    assert account.cash("HKD").amount == Decimal("1000.5")
+
+
+def test_no_amount_is_no_number() -> None:
+    segment = SimpleNamespace(currency="USD", cash_available_for_trade=float("inf"))
+    segment.currency_assets = {}
+    assert mapping.prime_cash(segment, "USD") is None
+    held = SimpleNamespace(cash_available_for_trade=float("inf"), cash_balance=7.5)
+    segment.currency_assets = {"USD": held}
+    assert mapping.prime_cash(segment, "USD") == Decimal("7.5")
+
+
+def test_positions_are_exact(account: Any, exchange: Exchange) -> None:
+    exchange.positions = [
+        ExchangePosition("US", "AAPL", "USD", Decimal("0.00773")),
+        ExchangePosition("US", "BRK.B", "USD", Decimal(-3)),
+        ExchangePosition("HK", "00700", "HKD", Decimal(200)),
+        ExchangePosition("CN", "600519", "CNH", Decimal(100)),
+        ExchangePosition("US", "GONE", "USD", Decimal(0)),
+        ExchangePosition("SG", "D05", "SGD", Decimal(100)),
+    ]
+    shown = [(p.contract.region, p.contract.ticker, p.currency, p.qty) for p in account.positions()]
+    assert shown == [
+        ("US", "AAPL", "USD", Decimal("0.00773")),
+        ("US", "BRK.B", "USD", -3),
+        ("HK", "00700", "HKD", 200),
+        ("CN", "600519", "CNH", 100),
+    ]
+
+
+def test_what_each_kind_of_account_takes() -> None:
+    def takes(account: str) -> frozenset[Any]:
+        return Tiger({"tiger_id": "1", "account": account, "pk_path": "x"}).combinations
+
+    limit, market, rth = OrderType.Limit, OrderType.Market, Lifecycle.RTH
+    assert combine(["US"], [limit], TimeInForce, Lifecycle) <= takes(PRIME) == takes(GLOBAL)
+    assert combine(["US", "HK"], [market], [TimeInForce.DAY], [rth]) <= takes(PAPER) < takes(PRIME)
+    assert not [one for one in takes(PAPER) if one.time_in_force is TimeInForce.GTC]
+    for one in takes(PRIME):
+        assert one.region != "CN"
+        assert one.lifecycle is rth or (one.region, one.order_type) == ("US", limit)
+        assert one.order_type is limit or one.time_in_force is TimeInForce.DAY
+
+
+# --- quotes -----------------------------------------------------------------------------------
+def test_the_quote_permission(quotes: Any, gateway: TigerGateway, exchange: Exchange) -> None:
+    exchange.quote("US", "AAPL", latest=Decimal("227.18"), epoch=1754942400.5)
+    exchange.quote("HK", "00700", latest=Decimal("300.2"), is_tradable=False)
+
+    def operations() -> list[str]:
+        return [request.operation for request in exchange.requests]
+
+    quote = quotes.quote(contract())
+    assert operations() == ["quote", "grab", "quote"]
+    assert (quote.latest, quote.pre_close, quote.currency) == (Decimal("227.18"), 99, "USD")
+    assert (quote.open_price, quote.high_price, quote.low_price) == (Decimal("99.5"), 101, 98)
+    assert quote.is_tradable and quote.time.timestamp() == 1754942400.5
+    halted = quotes.quote(contract("00700", "HK"))
+    assert (halted.currency, halted.is_tradable) == ("HKD", False)
+    assert operations()[3:] == ["quote"]  # grabbed once
+
+    gateway.take_quotes_away()
+    with pytest.raises(Rejected, match="Another device"):
+        quotes.quote(contract())
+    assert operations()[4:] == ["quote"]
+    assert quotes.quote(contract()).latest == Decimal("227.18")
+    assert operations()[5:] == ["quote", "grab", "quote"]
+
+    gateway.quote_markets = {"US"}
+    with pytest.raises(Rejected, match="no HK quote permission"):
+        quotes.quote(contract("00700", "HK"))
+    assert operations()[8:] == ["quote"]  # grabbing would not help
+    with pytest.raises(Rejected, match="invalid symbols"):
+        quotes.quote(contract("NOPE"))
+
+
+def test_grabbing_keeps_its_limit(quotes: Any, gateway: TigerGateway, exchange: Exchange) -> None:
+    exchange.quote("US", "AAPL")
+    outcomes = []
+    for _ in range(30):
+        gateway.take_quotes_away()
+        try:
+            quotes.quote(contract())
+            outcomes.append("quote")
+        except Rejected:
+            outcomes.append("told")
+        except RateLimited:
+            outcomes.append("limited")
+    assert outcomes[:4] == ["quote", "told"] * 2
+    assert outcomes[-1] == "limited"
+    assert len(exchange.received("grab")) == 10
+
+
+def test_a_quote_without_a_price(quotes: Any, exchange: Exchange) -> None:
+    exchange.quote("US", "AAPL", latest=Decimal("NaN"))
+    with pytest.raises((Rejected, BrokerUnavailable)):
+        quotes.quote(contract())
+    brief = {
+        "latest_price": 5.5,
+        "latest_time": 1754942400000,
+        "open": float("nan"),
+        "status": None,
+    }
+    quote = mapping.parse_quote(contract(), brief)
+    assert quote is not None and (quote.open_price, quote.is_tradable) == (0, True)
+    assert mapping.parse_quote(contract(), brief | {"latest_price": float("nan")}) is None
+
+
+@pytest.mark.parametrize(
+    ("word", "unified"),
+    [*mapping.MARKET_STATES.items(), ("A_NEW_ONE", UnifiedStatus.UNKNOWN)],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_market_states(
+    quotes: Any, gateway: TigerGateway, word: str, unified: UnifiedStatus
+) -> None:
+    gateway.market_states = dict.fromkeys(("US", "HK", "CN", "SG"), word)
+    states = quotes.market_status()["securities"]
+    assert {region: (s.origin_status, s.unified_status) for region, s in states.items()} == (
+        dict.fromkeys(("US", "HK", "CN"), (word, unified))
+    )
+
+
+# --- when things go wrong ---------------------------------------------------------------------
+def spoil(what: Spoil) -> Callable[[TigerGateway, str], None]:
+    return lambda gateway, operation: gateway.spoil(operation, what)
+
+
+def fault(kind: FaultKind) -> Callable[[TigerGateway, str], None]:
+    return lambda gateway, operation: gateway.exchange.fault(operation, kind)
+
+
+NO_CLEAR_ANSWER = {
+    "redirect": spoil(Spoil.REDIRECT),
+    "502": spoil(Spoil.SERVER_ERROR),
+    "unsigned": spoil(Spoil.UNSIGNED),
+    "wrongly signed": spoil(Spoil.WRONGLY_SIGNED),
+    "garbage": fault(FaultKind.GARBAGE),
+    "cut": fault(FaultKind.CUT),
+    "accepted, cut": fault(FaultKind.ACCEPT_THEN_CUT),
+    "hang": fault(FaultKind.HANG),
+}
+
+
+@pytest.mark.parametrize("wrong", NO_CLEAR_ANSWER.values(), ids=NO_CLEAR_ANSWER)
+def test_no_clear_answer(
+    args: dict[str, Any],
+    gateway: TigerGateway,
+    exchange: Exchange,
+    wrong: Callable[[TigerGateway, str], None],
+) -> None:
+    """An order is sent once and its fate is said to be open; a read says what is the matter."""
+    with connected(args, "trade", push_host="", timeout=1) as broker:
+        wrong(gateway, "place")
+        with pytest.raises(OutcomeUnknown):
+            place(broker)
+        assert len(exchange.received("place")) == 1
+        assert len(exchange.orders) <= 1
+        wrong(gateway, "order_no")
+        with pytest.raises(BrokerUnavailable, match="not sent"):
+            place(broker)
+        assert len(exchange.received("order_no")) == 2
+        assert len(exchange.received("place")) == 1
+        order_id = place(broker)  # and the next one is served again
+        wrong(gateway, "cancel")
+        with pytest.raises(OutcomeUnknown):
+            broker.cancel_order(order_id)
+        assert len(exchange.received("cancel")) == 1
+    with connected(args, "account", timeout=1) as broker:
+        wrong(gateway, "positions")
+        with pytest.raises((BrokerUnavailable, TimedOut)):
+            broker.positions()
+        assert len(exchange.received("positions")) == 1
+        assert broker.positions() == []
+
+
+def test_an_answer_without_data(trade: Any, account: Any, gateway: TigerGateway) -> None:
+    gateway.spoil("place", Spoil.NO_DATA)
+    with pytest.raises(OutcomeUnknown, match="without telling its id"):
+        place(trade)
+    gateway.spoil("order_no", Spoil.NO_DATA)
+    with pytest.raises(BrokerUnavailable, match="not sent"):
+        place(trade)
+    for operation, look in (("ping", account.ping), ("positions", account.positions)):
+        gateway.spoil(operation, Spoil.NO_DATA)
+        assert not look()
+    gateway.spoil("cash", Spoil.NO_DATA)
+    with pytest.raises(Rejected, match="no available amount"):
+        account.cash()
+
+
+@pytest.mark.parametrize("form", ["http", "code"])
+def test_rate_limits_in_both_forms(
+    trade: Any, account: Any, gateway: TigerGateway, exchange: Exchange, form: str
+) -> None:
+    gateway.rate_limit_form = form
+    for operation, call in (
+        ("order_no", lambda: place(trade)),
+        ("place", lambda: place(trade)),
+        ("cash", account.cash),
+    ):
+        exchange.fault(operation, FaultKind.RATE_LIMIT)
+        with pytest.raises(RateLimited) as limited:
+            call()
+        assert limited.value.retry_after
+    assert not exchange.orders
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "meaning"),
+    [
+        (1, "server error", None),
+        (2, "network read time out", None),
+        (-1, "odd", None),
+        (1100, "TRADE DUPLICATE ORDER ID", None),
+        (4, "access forbidden(ip not in white list)", BrokerUnavailable),
+        (4, "4000:permission denied(Current device does not have permission)", Rejected),
+        (4, "rate limit error(current limiting interface:orders, …)", RateLimited),
+        (5, "rate limit error", RateLimited),
+        (1000, "common param error(failed to verify signature)", BrokerUnavailable),
+        (1000, "common param error(invalid symbols)", Rejected),
+        (1010, "biz param error", Rejected),
+        (1200, "Orders cannot be placed at this moment", Rejected),
+        (1300, "paper account response error(no funds)", Rejected),
+    ],
+)
+def test_what_refusals_mean(code: int, said: str, meaning: type[HttpTradingError] | None) -> None:
+    found = mapping.refusal(code, said)
+    assert type(found) is (meaning or type(None))
+    if isinstance(found, Rejected):
+        assert said in found.text
+
+
+def test_the_brokers_words(trade: Any, exchange: Exchange) -> None:
+    exchange.fault("place", FaultKind.REFUSE, text="Insufficient\n buying power")
+    with pytest.raises(Rejected, match="Tiger: Insufficient buying power"):
+        place(trade)
+
+
+def test_a_connection_that_broke_while_idle_costs_no_order(
+    trade: Any, gateway: TigerGateway, exchange: Exchange
+) -> None:
+    place(trade)
+    gateway.stop()
+    with pytest.raises(BrokerUnavailable, match="cannot be reached"):
+        place(trade)
+    gateway.start()
+    place(trade)
+    assert len(exchange.received("place")) == 2
+
+
+def test_one_connection_serves_many_requests(account: Any, gateway: TigerGateway) -> None:
+    before = gateway.http_connections
+    for _ in range(5):
+        account.positions()
+    assert gateway.http_connections == before
+
+
+def test_a_stuck_call_ends_when_aborted(args: dict[str, Any], exchange: Exchange) -> None:
+    with connected(args, "account", timeout=30) as broker:
+        exchange.fault("cash", FaultKind.HANG)
+        failures: list[BaseException] = []
+
+        def look() -> None:
+            try:
+                broker.cash()
+            except HttpTradingError as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        exchange.wait_for(lambda: exchange.received("cash"))
+        broker.abort()
+        thread.join(10)
+        assert not thread.is_alive() and failures
+        with pytest.raises(BrokerUnavailable):
+            broker.cash()
+        assert len(exchange.received("cash")) == 1
+
+
+# --- connecting -------------------------------------------------------------------------------
+def test_arguments_are_checked_and_nothing_is_called(tmp_path: Path) -> None:
+    given = {"tiger_id": "1", "account": PRIME, "pk_path": str(tmp_path / "none")}
+    for name in given:
+        with pytest.raises(ValueError, match=name):
+            Tiger({key: value for key, value in given.items() if key != name})
+    for timeout in (0, 31, "5", True):
+        with pytest.raises(ValueError, match="timeout"):
+            Tiger(given | {"timeout": timeout})
+    broker = Tiger(given | {"secret_key": SECRET})
+    assert SECRET not in repr(broker) and PRIME not in repr(broker)
+    with pytest.raises(BrokerUnavailable, match="pk_path"):
+        broker.connect()
+    (tmp_path / "none").write_text("no key")
+    with pytest.raises(BrokerUnavailable, match="no RSA private key"):
+        broker.connect()
+
+
+def test_accounts_of_one_tiger_id_share_their_limits() -> None:
+    given = {"tiger_id": 1, "account": PRIME, "pk_path": "x"}
+    one, other = Tiger(given), Tiger(given | {"account": GLOBAL})
+    assert one.account_key() == other.account_key()
+    assert one.account_key() != Tiger(given | {"tiger_id": 2}).account_key()
+
+
+def test_keys_in_every_form(args: dict[str, Any], gateway: TigerGateway, tmp_path: Path) -> None:
+    bare = tmp_path / "bare.txt"
+    bare.write_text(CLIENT_KEYS.private_base64)
+    for path in (gateway.write_key(tmp_path, pkcs8=True), bare):
+        with connected(args, "account", pk_path=str(path)) as broker:
+            assert broker.ping()
+    bare.write_text(STRANGER_KEYS.private_base64)
+    with (
+        pytest.raises(BrokerUnavailable, match="signature"),
+        connected(args, "account", pk_path=str(bare)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tiger_id": "20159999"}, "signature"),
+        ({"account": "99999999"}, "not authorized"),
+        ({"tiger_public_key": ""}, "wrongly signed"),  # the SDK's built-in key is Tiger's own
+        ({"server_url": "http://127.0.0.1:1/gateway"}, "cannot be reached"),
+    ],
+    ids=["tiger_id", "account", "public key", "gateway absent"],
+)
+def test_wrong_arguments(args: dict[str, Any], changes: dict[str, Any], said: str) -> None:
+    with (
+        pytest.raises((BrokerUnavailable, Rejected), match=said),
+        connected(args, "account", **changes),
+    ):
+        pass
+
+
+def test_a_gateway_that_hangs_does_not_hold_connecting(
+    args: dict[str, Any], exchange: Exchange
+) -> None:
+    exchange.fault("ping", FaultKind.HANG)
+    with pytest.raises(TimedOut), connected(args, "account", timeout=1):
+        pass
+
+
+def test_nothing_leaks_in(
+    args: dict[str, Any],
+    exchange: Exchange,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    strange = {
+        "TIGER_ID": "666",
+        "ACCOUNT": "666",
+        "PRIVATE_KEY": "x",
+        "SECRET_KEY": "leaked",
+        "LICENSE": "TBHK",
+        "TOKEN": "leaked",
+        "SERVER_URL": "http://127.0.0.1:1",
+        "TIMEZONE": "No/Where",
+        "LANGUAGE": "zh_CN",
+        "PROPS_PATH": str(tmp_path),
+    }
+    for name, value in strange.items():
+        monkeypatch.setenv(f"TIGEROPEN_{name}", value)
+    lines = "".join(f"{name.lower()}={value}\n" for name, value in strange.items())
+    (tmp_path / "tiger_openapi_config.properties").write_text(lines)
+    (tmp_path / "tiger_openapi_token.properties").write_text("token=leaked\n")
+    monkeypatch.chdir(tmp_path)
+    with connected(args, "trade", push_host="") as broker:
+        place(broker)
+    fields = exchange.received("place")[0].fields
+    assert "secret_key" not in fields
+    assert (fields["account"], fields["lang"]) == (PRIME, "en_US")
+    assert fields["device_id"] == tiger_http.device_id(args["tiger_id"])
+
+
+def test_no_secret_in_a_log_or_an_error(
+    args: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: Any
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    exchange = Exchange()
+    said: list[str] = []
+    with TigerGateway(exchange, secret_key=SECRET) as gateway:
+        given = arguments(gateway, tmp_path) | {"secret_key": SECRET, "timeout": 1}
+        with connected(given, "trade") as broker:
+            exchange.wait_for(lambda: exchange.received("subscribe"))
+            exchange.fault("place", FaultKind.REFUSE, text=f"wrong secret_key {SECRET}")
+            for wrong in (None, *NO_CLEAR_ANSWER.values()):
+                if wrong is not None:
+                    wrong(gateway, "place")
+                with pytest.raises(HttpTradingError) as error:
+                    place(broker)
+                said.append(error.value.text)
+                assert error.value.__cause__ is None
+            gateway.cut()
+    out = capfd.readouterr()
+    told = "\n".join([*said, caplog.text, out.out, out.err])
+    assert "Tiger" in told
+    for secret in (SECRET, CLIENT_KEYS.private_base64[:40], given["account"], "biz_content"):
+        assert secret not in told
+    assert CLIENT_KEYS.sign(gateway.tiger_id) not in told  # the push connection's login
+
+
+# --- push -------------------------------------------------------------------------------------
+def test_orders_are_pushed(args: dict[str, Any], gateway: TigerGateway, exchange: Exchange) -> None:
+    with connected(args, "trade") as broker:
+        exchange.wait_for(lambda: len(exchange.received("subscribe")) == 3)
+        order_id = place(broker, lifecycle=Lifecycle.ETH)
+        exchange.fill(order_id, Decimal("1.5"), "199.5")
+        exchange.reject(order_id, "no money")
+        link = broker.link
+        link.wait_for(lambda: len(link.reports) == 3)
+        working, filled, rejected = link.reports
+        assert working.order.order_id == order_id and not working.order.is_completed
+        assert (working.mark, working.contract) == ("mark-1", contract())
+        assert (working.price, working.order.qty) == (Decimal("200.01"), 12)
+        assert working.lifecycle is None  # a push does not tell ETH from OVERNIGHT
+        assert (filled.order.filled_qty, filled.order.avg_price) == (Decimal("1.5"), 199.5)
+        assert rejected.order.error_reason == "no money"
+        gateway.push_asset(PRIME)
+        link.wait_for(lambda: link.stales)
+
+
+def test_two_accounts_share_one_push_connection(
+    args: dict[str, Any], gateway: TigerGateway, exchange: Exchange
+) -> None:
+    with connected(args, "trade") as one, connected(args, "trade", account=PAPER) as other:
+        exchange.wait_for(lambda: len(exchange.received("subscribe")) == 6)
+        mine, theirs = place(one), place(other)
+        for broker, order_id in ((one, mine), (other, theirs)):
+            link = broker.link
+            link.wait_for(lambda link=link: link.reports)
+            assert {report.order.order_id for report in link.reports} == {order_id}
+        assert len(exchange.received("connect")) == len(gateway.push_sessions) == 1
+    exchange.wait_for(lambda: not gateway.push_sessions)
+    assert not tiger_push._shared
+
+
+def test_subscriptions_are_renewed_after_a_cut(
+    args: dict[str, Any], gateway: TigerGateway, exchange: Exchange
+) -> None:
+    with connected(args, "trade") as broker:
+        exchange.wait_for(lambda: len(exchange.received("subscribe")) == 3)
+        gateway.cut_push()
+        broker.link.wait_for(lambda: broker.link.restorations == 1)
+        exchange.wait_for(lambda: len(exchange.received("subscribe")) == 6)
+        place(broker)
+        broker.link.wait_for(lambda: broker.link.reports)
+
+
+def test_a_kick_out_is_told_and_not_fought(
+    args: dict[str, Any],
+    gateway: TigerGateway,
+    exchange: Exchange,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with connected(args, "trade") as broker:
+        exchange.wait_for(lambda: len(exchange.received("subscribe")) == 3)
+        # Another process: the same login on a connection that is not the shared one.
+        address, subscription = broker._push
+        intruder = tiger_push.SharedPush(address, CLIENT_KEYS.private_base64)
+        intruder.add(subscription)
+        intruder.start()
+        try:
+            exchange.wait_for(lambda: len(exchange.received("connect")) == 2)
+            end = time.monotonic() + 20
+            while "taken over the push connection" not in caplog.text:
+                assert time.monotonic() < end
+                time.sleep(0.02)
+            place(broker)  # and orders go on
+            # Longer than the first pauses: nobody came back to fight.
+            assert not threading.Event().wait(1.5)
+            assert len(exchange.received("connect")) == 2
+        finally:
+            intruder.stop()
+
+
+def test_push_that_is_down_or_deaf_holds_nothing(
+    args: dict[str, Any], gateway: TigerGateway, exchange: Exchange
+) -> None:
+    exchange.fault("connect", FaultKind.HANG, times=100)
+    began = time.monotonic()
+    with connected(args, "trade") as broker:
+        place(broker)
+    with connected(args, "trade", push_port=1) as broker:
+        place(broker)
+    assert time.monotonic() - began < 8
+
+
+@pytest.mark.parametrize("trusted", [True, False], ids=["trusted", "unknown"])
+def test_the_push_certificate_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
+) -> None:
+    certificate = self_signed_certificate(tmp_path)
+    if trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    exchange = Exchange()
+    with TigerGateway(exchange, push_certificate=certificate) as gateway:
+        with connected(arguments(gateway, tmp_path), "trade", push_ssl=True) as broker:
+            if trusted:
+                exchange.wait_for(lambda: len(exchange.received("subscribe")) == 3)
+                place(broker)
+                broker.link.wait_for(lambda: broker.link.reports)
+            else:
+                place(broker)
+                assert not threading.Event().wait(1.0)
+                assert not exchange.received("connect")
+
+
+def test_a_gateway_of_ones_own_has_no_push_at_tiger(args: dict[str, Any]) -> None:
+    without = {key: value for key, value in args.items() if not key.startswith("push")}
+    with connected(without, "trade") as broker:
+        assert broker._push is None
+
+
+# --- pure functions ---------------------------------------------------------------------------
+@given(
+    st.decimals(
+        allow_nan=False, allow_infinity=False, places=6, min_value=-(10**9), max_value=10**9
+    )
+)
+def test_scaled_quantities_are_exact(amount: Decimal) -> None:
+    assert mapping.scaled(int(amount.scaleb(6)), 6) == amount
+
+
+@given(st.one_of(st.floats(), st.integers(), st.text(), st.none(), st.decimals()))
+def test_numbers_are_finite_or_none(value: Any) -> None:
+    found = mapping.number(value)
+    assert found is None or Decimal(found).is_finite()
+    assert not isinstance(found, float)
+
+
+@given(st.text())
+def test_only_whole_numbers_are_order_ids(text: str) -> None:
+    try:
+        assert str(mapping.order_number(text)) == text
+    except OrderNotFound:
+        pass
+
+
+@given(
+    status=st.one_of(st.text(), st.sampled_from(["Filled", "Cancelled", "Inactive", "Invalid"])),
+    qty=st.integers(0, 100),
+    filled=st.integers(0, 100),
+    reason=st.one_of(st.none(), st.text()),
+)
+def test_an_order_has_at_most_one_end(status: str, qty: int, filled: int, reason: Any) -> None:
+    order = mapping.order_of(1, status, "USD", qty, filled, 1.5, reason)
+    assert order.is_filled + order.is_canceled + bool(order.error_reason) <= 1
+    assert order.is_filled is (filled >= qty > 0)
+
+
+@given(st.sampled_from(["US", "HK"]), st.from_regex(r"[A-Z]{1,5}|[1-9][0-9]{0,4}", fullmatch=True))
+def test_contracts_make_the_round_trip(region: str, text: str) -> None:
+    if region == "HK" and not text.isdigit():
+        text = "700"
+    wanted = contract(text.zfill(5) if region == "HK" else text, region)
+    currency = {"US": "USD", "HK": "HKD"}[region]
+    assert mapping.contract_of(wanted.ticker, region, currency) == wanted
+    assert mapping.contract_of(wanted.ticker, None, currency) == wanted
+    assert mapping.contract_of(wanted.ticker, region, currency, "OPT") is None
