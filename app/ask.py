@@ -103,15 +103,15 @@ class Ask:
             raise InvalidRequest("The body is not valid JSON (UTF-8).") from None
         if not isinstance(self.raw_body, dict):
             raise InvalidRequest("The body must be a JSON object.")
-        unknown = EXCLUDE if self.lenient else None
-        return _load(schema(unknown=unknown), self.raw_body, kind)
+        loader = schema(unknown=EXCLUDE) if self.lenient else schema()
+        return _load(loader, self.raw_body, kind)
 
 
 def _load(schema: Schema, data: Any, kind: type[_Loaded]) -> _Loaded:
     try:
         loaded = schema.load(data)
     except ValidationError as error:
-        fields = _flat(error.normalized_messages())
+        fields = _flat(error.messages_dict)
         listed = "; ".join(f"{name} {', '.join(texts)}" for name, texts in fields.items())
         raise InvalidRequest(f"The request is not valid: {listed}.", fields) from None
     if not isinstance(loaded, kind):

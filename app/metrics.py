@@ -63,13 +63,17 @@ class Metrics:
             "httptrading_child_memory_bytes", "Resident memory of a child process", labels=labels
         )
         left = self._gauge(
-            "httptrading_window_slots_left", "Calls left in a rate window", ("instance", "window")
+            "httptrading_window_slots_left",
+            "Calls left in a rate window",
+            labels=("instance", "window"),
         )
         unknown = self._gauge(
             "httptrading_unsettled_orders", "Orders with an unknown outcome", labels=("instance",)
         )
         age = self._gauge(
-            "httptrading_oldest_unsettled_seconds", "Age of the oldest of them", ("instance",)
+            "httptrading_oldest_unsettled_seconds",
+            "Age of the oldest of them",
+            labels=("instance",),
         )
         for instance in self._gateway.instances().values():
             name = instance.masked_id

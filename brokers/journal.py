@@ -230,8 +230,8 @@ class Journal:
             "updated": now,
         }
         with self._writing() as connection:
-            result = connection.execute(sa.insert(_orders).values(values))
-            return int(result.inserted_primary_key[0])
+            statement = sa.insert(_orders).values(values).returning(_orders.c.id)
+            return int(connection.execute(statement).scalar_one())
 
     def placed(self, row_id: int, order_id: str) -> None:
         """The broker took it under this id. What a push said of the id meanwhile is joined."""
