@@ -10,11 +10,13 @@ from pathlib import Path
 
 from httptrading.app import hooks
 from httptrading.app.config import ConfigurationError, load_settings
+from httptrading.app.logs import log_to_stderr, secrets_of
 
 try:
     settings = load_settings(None, os.environ)
 except ConfigurationError as error:
     sys.exit(f"httptrading: {error}")
+log_to_stderr(secrets_of(settings.instances))
 
 # --- what runs ---------------------------------------------------------------------------------
 wsgi_app = "wsgi:app"
@@ -54,7 +56,8 @@ limit_request_field_size = 4096
 worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None
 # No control socket: whoever can open it may change the number of workers.
 control_socket_disable = True
-# Paths hold instance ids, so gunicorn's access log stays off; deploy/nginx.conf masks them in its.
+# Paths hold instance ids, so gunicorn's access log stays off: the service writes a JSON line of its
+# own for each request, and deploy/nginx.conf masks the ids in nginx's log.
 accesslog = None
 errorlog = "-"
 loglevel = "info"

@@ -96,7 +96,8 @@ def test_nginx_stops_what_is_much_too_large(site: Site) -> None:
 def test_only_the_service_is_there(site: Site) -> None:
     assert site.ask("GET", "/").status == 404
     assert site.ask("GET", "/httptrading/openapi.json").json["openapi"].startswith("3.1")
-    metrics = site.ask("GET", "/httptrading/metrics", HT_TOKEN=METRICS_TOKEN)
+    bearer = f"Bearer {METRICS_TOKEN}"
+    metrics = site.ask("GET", "/httptrading/metrics", Authorization=bearer)
     assert metrics.status == 200 and b"httptrading" in metrics.body
 
 
