@@ -140,7 +140,7 @@ class BookedOrder:
         `Execution.avgPrice` is cumulative per execution and no average of anything.
         """
         shares = sum((exact(fill.qty) for fill in self.fills.values()), Decimal(0))
-        if self.average and self.filled >= shares:
+        if self.filled and self.filled >= shares and self.average:
             return self.average
         if not shares:
             return Decimal(0)

@@ -239,7 +239,8 @@ class TwsSession:
             self.client()
             try:
                 self._named = asyncio.ensure_future(request())
-                return await self._named
+                answer: _Answer = await self._named
+                return answer
             except asyncio.CancelledError:
                 self._ears.on_lost("TWS left a request unanswered")
                 raise

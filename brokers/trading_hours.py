@@ -52,7 +52,7 @@ def time_zone(name: str, region: str) -> ZoneInfo:
     if "/" in name and " " not in name:
         try:
             return ZoneInfo(name)
-        except (OSError, ValueError):
+        except (KeyError, OSError, ValueError):
             pass
     return ZoneInfo(REGION_ZONES[region])
 

@@ -1,0 +1,344 @@
+"""The order book says of an order what TWS said of it, in whatever order the messages come."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from decimal import Decimal
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from httptrading.brokers.ib_answers import Ticks, ledger, refusal
+from httptrading.brokers.ib_book import (
+    BookedOrder,
+    OrderBook,
+    exact,
+    region_of,
+    to_contract,
+    to_symbol,
+    to_ticker,
+)
+from httptrading.errors import RateLimited, Rejected, Unsupported
+from httptrading.model import Contract, Lifecycle, OrderType, TimeInForce, TradeType
+
+UNSET = 1.7976931348623157e308
+PERM_ID = 1845203701
+
+
+def wire_contract(**fields: Any) -> Any:
+    known = {
+        "symbol": "BRK B",
+        "secType": "STK",
+        "currency": "USD",
+        "exchange": "SMART",
+        "primaryExchange": "",
+    }
+    return SimpleNamespace(**known | fields)
+
+
+def wire_order(**fields: Any) -> Any:
+    known = {
+        "clientId": 7,
+        "orderId": 3,
+        "permId": PERM_ID,
+        "account": "U1",
+        "orderRef": "mark",
+        "totalQuantity": 10.0,
+        "filledQuantity": UNSET,
+        "action": "BUY",
+        "orderType": "LMT",
+        "lmtPrice": 12.3,
+        "tif": "DAY",
+        "outsideRth": False,
+    }
+    return SimpleNamespace(**known | fields)
+
+
+def state(status: str, completed: str = "") -> Any:
+    return SimpleNamespace(status=status, completedStatus=completed)
+
+
+def execution(number: int, shares: float, price: float, revision: str = "01") -> Any:
+    return SimpleNamespace(
+        execId=f"0000e0d5.{number:08d}.01.{revision}",
+        permId=PERM_ID,
+        shares=shares,
+        price=price,
+        time=datetime(2026, 11, 22, 15, number % 60, tzinfo=UTC),
+    )
+
+
+def working() -> tuple[OrderBook, BookedOrder]:
+    book = OrderBook(7)
+    return book, book.open_order(wire_contract(), wire_order(), state("Submitted"))
+
+
+@pytest.mark.parametrize(
+    ("status", "canceled", "pending", "completed"),
+    [
+        ("ApiPending", False, False, False),
+        ("PendingSubmit", False, False, False),
+        ("PreSubmitted", False, False, False),
+        ("Submitted", False, False, False),
+        ("PendingCancel", False, True, False),
+        ("ApiCancelled", True, False, True),
+        ("Cancelled", True, False, True),
+        ("Inactive", False, False, False),  # it may become active again
+        ("SomethingNew", False, False, False),
+    ],
+)
+def test_status_words(status: str, canceled: bool, pending: bool, completed: bool) -> None:
+    book, _ = working()
+    order = book.order_status(3, status, 0, 0, PERM_ID, 7).order()
+    assert (order.is_canceled, order.is_pending_cancel, order.is_completed) == (
+        canceled,
+        pending,
+        completed,
+    )
+    assert order.error_reason == ""
+
+
+@pytest.mark.parametrize("code", [10349, 399, 404, 2104, 2109, 10148, 10147, 161, 202, 1100])
+def test_an_error_that_is_none_leaves_the_order_working(code: int) -> None:
+    book, booked = working()
+    book.error(3, code, "alarming words")
+    assert not booked.order().is_completed
+    book.order_status(3, "Submitted", 4, 12.25, PERM_ID, 7)
+    order = booked.order()
+    assert (order.filled_qty, order.avg_price, order.is_completed) == (4, Decimal("12.25"), False)
+
+
+def test_201_is_the_end_whatever_the_status_says() -> None:
+    for words in (["Inactive"], ["Inactive", "Cancelled"], []):
+        book, booked = working()
+        for status in words:
+            book.order_status(3, status, 0, 0, PERM_ID, 7)
+        book.error(3, 201, "Order rejected - reason: no margin")
+        order = booked.order()
+        assert order.error_reason == "Order rejected - reason: no margin"
+        assert (order.is_canceled, order.is_completed) == (False, True)
+
+
+def test_an_unknown_error_counts_only_with_a_dead_status() -> None:
+    book = OrderBook(7)
+    booked = book.open_order(wire_contract(), wire_order(), state("PendingSubmit"))
+    book.error(3, 10311, "This order will be directly routed")
+    assert not booked.order().is_completed
+    book.order_status(3, "Submitted", 0, 0, PERM_ID, 7)
+    assert not booked.order().is_completed
+    book.order_status(3, "Cancelled", 0, 0, PERM_ID, 7)
+    assert booked.order().error_reason == "This order will be directly routed"
+
+
+def test_a_late_repetition_does_not_revive() -> None:
+    book, booked = working()
+    book.order_status(3, "Filled", 10, 12.25, PERM_ID, 7)
+    book.order_status(3, "Submitted", 4, 12.5, PERM_ID, 7)
+    order = booked.order()
+    assert (order.is_filled, order.filled_qty, order.avg_price) == (True, 10, Decimal("12.25"))
+
+
+def test_a_filled_order_of_the_completed_list() -> None:
+    """Its total is 0; its average is known from today's executions only."""
+    book = OrderBook(7)
+    told = wire_order(totalQuantity=0.0, filledQuantity=10.0, clientId=0, orderId=0)
+    booked = book.completed_order(wire_contract(), told, state("Filled", "Filled Size: 10"))
+    assert (booked.order().qty, booked.order().is_filled, booked.order().avg_price) == (10, True, 0)
+    book.execution(execution(1, 6, 12.3))
+    book.execution(execution(2, 4, 12.25))
+    assert booked.order().avg_price == Decimal("12.28")
+
+
+def test_executions_may_come_before_their_order_and_be_corrected() -> None:
+    book = OrderBook(7)
+    assert book.execution(execution(1, 6, 12.3))[0] is None
+    booked = book.open_order(wire_contract(), wire_order(), state("Submitted"))
+    book.execution(execution(1, 6, 12.2, revision="02"))
+    book.execution(execution(1, 6, 12.3))  # the superseded one again
+    order = booked.order()
+    assert (order.filled_qty, order.avg_price) == (6, Decimal("12.2"))
+    [fill] = book.fills(PERM_ID)
+    assert (fill.qty, fill.price, fill.order_id) == (6, Decimal("12.2"), str(PERM_ID))
+
+
+def test_partly_filled_and_cancelled() -> None:
+    book, booked = working()
+    book.order_status(3, "Cancelled", 4, 12.25, PERM_ID, 7)
+    order = booked.order()
+    assert (order.is_canceled, order.filled_qty, order.is_filled) == (True, 4, False)
+
+
+def test_a_rejection_listed_as_completed() -> None:
+    book = OrderBook(7)
+    booked = book.completed_order(
+        wire_contract(), wire_order(), state("Inactive", "Order rejected - reason:no margin")
+    )
+    assert booked.order().error_reason == "Order rejected - reason:no margin"
+
+
+def test_the_perm_id_joins_what_was_said_before_it() -> None:
+    book = OrderBook(7)
+    book.order_status(3, "PendingSubmit", 0, 0, 0, 7)
+    assert book.own(3) is None
+    booked = book.open_order(wire_contract(), wire_order(), state("Submitted"))
+    assert book.own(3) is booked is book.get(PERM_ID)
+
+
+def test_a_report_says_what_was_asked_for() -> None:
+    _, booked = working()
+    report = booked.report()
+    assert report.contract == Contract(TradeType.Securities, "BRK.B", "US")
+    assert (report.mark, report.direction, report.price) == ("mark", "BUY", Decimal("12.3"))
+    assert (report.order_type, report.time_in_force) == (OrderType.Limit, TimeInForce.DAY)
+    assert report.lifecycle is Lifecycle.RTH
+    night = OrderBook(7).open_order(
+        wire_contract(exchange="OVERNIGHT"), wire_order(), state("Submitted")
+    )
+    assert night.report().lifecycle is Lifecycle.OVERNIGHT
+    late = OrderBook(7).open_order(
+        wire_contract(), wire_order(outsideRth=True, orderType="MKT", tif="IOC"), state("Submitted")
+    )
+    assert late.report().lifecycle is Lifecycle.ETH
+    assert (late.report().price, late.report().time_in_force) == (None, None)
+
+
+messages = st.lists(
+    st.tuples(
+        st.sampled_from(["PreSubmitted", "Submitted", "Inactive", "PendingCancel", "Filled"]),
+        st.integers(0, 10),
+        st.sampled_from([0, 0, 0, 201, 202, 399, 10349, 10311]),
+    ),
+    max_size=12,
+)
+
+
+@given(messages)
+def test_filled_never_goes_back_and_the_end_is_one_thing(told: list[tuple[str, int, int]]) -> None:
+    book, booked = working()
+    before = Decimal(0)
+    for status, shares, code in told:
+        filled = 10 if status == "Filled" else shares
+        book.order_status(3, status, filled, 12.25, PERM_ID, 7)
+        if code:
+            book.error(3, code, f"error {code}")
+        order = booked.order()
+        assert order.filled_qty >= before
+        before = exact(order.filled_qty)
+        assert [order.is_filled, order.is_canceled, bool(order.error_reason)].count(True) <= 1
+        assert order.is_completed or code != 201
+
+
+# --- symbols, numbers, errors -------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("region", "ticker", "symbol"),
+    [
+        ("US", "AAPL", "AAPL"),
+        ("US", "BRK.B", "BRK B"),
+        ("HK", "00700", "700"),
+        ("HK", "00005", "5"),
+        ("HK", "80700", "80700"),
+        ("CN", "600519", "600519"),
+        ("CN", "000001", "000001"),
+    ],
+)
+def test_symbols(region: str, ticker: str, symbol: str) -> None:
+    assert to_symbol(region, ticker) == symbol
+    assert to_ticker(region, symbol) == ticker
+
+
+@given(st.integers(1, 99999))
+def test_hong_kong_symbols_go_round(number: int) -> None:
+    ticker = f"{number:05}"
+    assert to_ticker("HK", to_symbol("HK", ticker)) == ticker
+
+
+@pytest.mark.parametrize(
+    ("currency", "exchanges", "region"),
+    [
+        ("USD", ("NASDAQ", "SMART"), "US"),
+        ("HKD", ("SEHK",), "HK"),
+        ("CNH", ("SEHK",), "HK"),  # an RMB counter
+        ("CNH", ("SEHKNTL",), "CN"),
+        ("CNH", ("", ""), "CN"),
+        ("EUR", ("IBIS",), None),
+    ],
+)
+def test_regions(currency: str, exchanges: tuple[str, ...], region: str | None) -> None:
+    assert region_of(currency, *exchanges) == region
+
+
+def test_other_securities_have_no_unified_contract() -> None:
+    assert to_contract(wire_contract(secType="OPT")) is None
+    assert to_contract(wire_contract(currency="EUR")) is None
+
+
+@given(st.decimals(-(10**9), 10**9, places=4))
+def test_floats_are_read_exactly(number: Decimal) -> None:
+    assert exact(float(number)) == number
+
+
+def test_ledger_in_both_spellings() -> None:
+    rows = [
+        SimpleNamespace(account="U1", tag="CashBalance", value="10.50", currency="USD"),
+        SimpleNamespace(account="U1", tag="$LEDGER-CashBalance", value="-3", currency="HKD"),
+        SimpleNamespace(account="U1", tag="CashBalance", value="99", currency="BASE"),
+        SimpleNamespace(account="U2", tag="CashBalance", value="7", currency="EUR"),
+        SimpleNamespace(account="U1", tag="ExchangeRate", value="1.0", currency="CHF"),
+    ]
+    assert ledger(rows, "U1") == {"USD": Decimal("10.50"), "HKD": -3}
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [(201, Rejected), (10197, Rejected), (354, Unsupported), (10089, Unsupported)],
+)
+def test_refusals_keep_the_brokers_words(code: int, kind: type[Exception]) -> None:
+    error = refusal(code, "its own words")
+    assert type(error) is kind
+    assert "its own words" in str(error) and str(code) in str(error)
+    assert isinstance(refusal(100, "too fast"), RateLimited)
+
+
+APPLE = Contract(TradeType.Securities, "AAPL", "US")
+NOW = datetime(2026, 11, 22, 15, 0, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("last", "high", "low", "close", "open_", "time", "halted"),
+    [(4, 6, 7, 9, 14, 45, 49), (68, 72, 73, 75, 76, 88, 90)],
+    ids=["live", "delayed"],
+)
+def test_ticks(
+    last: int, high: int, low: int, close: int, open_: int, time: int, halted: int
+) -> None:
+    ticks = Ticks()
+    ticks.kind(1 if last == 4 else 3)
+    ticks.price(1, 5.0)  # the bid is not the price
+    for tick, price in ((last, 101.5), (high, 102), (low, 99), (close, 100), (open_, -1)):
+        ticks.price(tick, price)
+    ticks.string(time, "1779999999")
+    assert not ticks.is_complete
+    quote = ticks.quote(APPLE, "USD", NOW)
+    assert (quote.latest, quote.open_price, quote.pre_close) == (Decimal("101.5"), 0, 100)
+    assert quote.time == datetime.fromtimestamp(1779999999, UTC)
+    assert quote.is_tradable
+    ticks.price(open_, 100.5)
+    ticks.number(halted, 2)
+    assert ticks.is_complete
+    assert not ticks.quote(APPLE, "USD", NOW).is_tradable
+
+
+def test_a_quote_without_price_or_time_is_refused() -> None:
+    ticks = Ticks()
+    for price in (-1.0, 0.0, float("nan"), UNSET):
+        ticks.price(4, price)
+    with pytest.raises(Rejected, match="no price"):
+        ticks.quote(APPLE, "USD", NOW)
+    ticks.price(4, 10.0)
+    assert ticks.quote(APPLE, "USD", NOW).time == NOW  # live: it was made just now
+    ticks.kind(3)
+    with pytest.raises(Rejected, match="no time"):
+        ticks.quote(APPLE, "USD", NOW)
