@@ -29,6 +29,7 @@ class _Slots:
         self.queued = 0
         self.queued_cancels = 0
         self._ends: deque[float] = deque(maxlen=window.limit)
+        self._last = -math.inf  # when a call last began or ended
 
     def wait(self, ahead: int, *, cancel: bool, gaps: bool = True) -> float:
         """Seconds until one more call may begin after `ahead` others."""
