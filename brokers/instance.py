@@ -285,12 +285,9 @@ class Instance:
         try:
             return self._wait(call, deadline)
         except FutureTimeout:
-            if call.done():
-                raise  # the SDK's own, not ours
-        if self._reads.leave(shared):
-            withdrawn = worker.withdraw(call)
-            if withdrawn:
-                call.set_exception(not_sent_in_time())
+            pass
+        if self._reads.leave(shared) and worker.withdraw(call):
+            call.set_exception(not_sent_in_time())
         raise worker.unavailable() or TimedOut(
             f"{self.broker.broker_display} did not answer before the deadline."
         )
@@ -315,7 +312,9 @@ class Instance:
                 # In steps, so that a drain that begins meanwhile is noticed.
                 return future.result(timeout=max(0.0, min(left, 0.5)))
             except FutureTimeout:
-                if future.done() or left <= 0.5:
+                if future.done():
+                    return future.result()
+                if left <= 0.5:
                     raise
 
     # --- placing ------------------------------------------------------------------------------

@@ -37,10 +37,8 @@ class _Slots:
         window = self.window
         self._forget(now)
         wait = 0.0
-        if gaps and window.gap and self._ends:
-            wait = self._ends[-1] + window.gap * (ahead + 1) - now
-        if gaps and window.gap and self.running:
-            wait = max(wait, window.gap)
+        if gaps and window.gap:
+            wait = max(0.0, self._last + window.gap * (ahead + 1) - now)
         needed = self.running + ahead + 1 + (0 if cancel else window.kept)
         free = window.limit - len(self._ends)
         if needed > free:
@@ -50,9 +48,14 @@ class _Slots:
             wait = max(wait, end + window.seconds * (rounds + 1) - now)
         return wait
 
+    def begin(self) -> None:
+        self.running += 1
+        self._last = time.monotonic()
+
     def end(self) -> None:
         self.running -= 1
-        self._ends.append(time.monotonic())
+        self._last = time.monotonic()
+        self._ends.append(self._last)
 
     def left(self) -> int:
         self._forget(time.monotonic())
@@ -109,7 +112,7 @@ class Windows:
             for slot in slots:
                 slot.queued -= 1
                 slot.queued_cancels -= cancel
-                slot.running += 1
+                slot.begin()
             return 0.0
 
     def withdraw(self, costs: Iterable[str], *, cancel: bool) -> None:
@@ -136,7 +139,7 @@ class Windows:
             wait = slot.wait(0, cancel=False, gaps=False)
             if wait > 0:
                 raise _too_often(wait)
-            slot.running += 1
+            slot.begin()
             slot.end()
 
     def state(self) -> dict[str, WindowState]:

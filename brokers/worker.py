@@ -477,6 +477,7 @@ class _Lane(threading.Thread):
             log.exception("worker %s: connecting failed", self._worker.name)
             return "Connecting failed unexpectedly; the log has the details"
         finally:
+            self._wake_sent = None
             self._connecting_since = None
         return ""
 
@@ -495,6 +496,7 @@ class _Lane(threading.Thread):
     async def _serve(self) -> None:
         """Runs the next call, or waits for one, for a slot, or for bad news."""
         self._wake.clear()
+        self._wake_sent = None
         call, wait = self._worker.next_call(self)
         if call is not None:
             await self._run(call)
@@ -532,6 +534,7 @@ class _Lane(threading.Thread):
             )
         finally:
             self._worker.ended(call)
+            self._wake_sent = None  # those who came meanwhile are looked at next
             self._running_until = None
         try:
             if call.finish is not None:
