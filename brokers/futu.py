@@ -21,6 +21,7 @@ from httptrading.brokers.futu_vocabulary import (
     CASH_FIELDS,
     MARKET_OF_CURRENCY,
     REAL,
+    SECURITY_FIRMS,
     SIMULATE,
     TO_ORDER_TYPE,
     TO_SESSION,
@@ -126,7 +127,7 @@ class Futu(BaseBroker):
         if unknown := sorted(set(given) - ARGUMENTS):
             raise ValueError(f"unknown arguments for {type(self).__name__}: {', '.join(unknown)}")
         self._host = str(given.get("host") or "127.0.0.1")
-        self._port = int(given.get("port") or 11111)
+        self._port = _whole(given, "port", 11111)
         self._env = str(given.get("trade_env") or "")
         if self._env not in ("REAL", "SIMULATE"):
             raise ValueError("trade_env is REAL or SIMULATE")
@@ -135,7 +136,9 @@ class Futu(BaseBroker):
         if self._pin and not re.fullmatch(r"[0-9a-f]{32}", self._pin):
             raise ValueError("unlock_pin is the MD5 of the trading password: 32 hex digits")
         self._firm = str(given.get("security_firm") or "N/A")
-        self._acc_id = int(given.get("acc_id") or 0)
+        if self._firm not in SECURITY_FIRMS:
+            raise ValueError(f"security_firm is one of {', '.join(sorted(SECURITY_FIRMS))}")
+        self._acc_id = _whole(given, "acc_id", 0)
         # Shared by all copies: a pin once refused is not tried again, Futu locks the account.
         self._pin_refusals: list[str] = []
         self._context: Any = None
@@ -186,7 +189,7 @@ class Futu(BaseBroker):
         sdk = futu_sdk.load(self.package, self.data_dir)
         futu_sdk.use_key(sdk, self._pk_path)
         where = {
-            "host": futu_sdk.probe(self._host, self._port, "OpenD"),
+            "host": futu_sdk.probe(self._host, self._port),
             "port": self._port,
             "is_encrypt": bool(self._pk_path),
             "security_firm": self._firm,
@@ -534,6 +537,13 @@ class Moomoo(Futu):
 
     package: ClassVar[str] = "moomoo"
     sdk: ClassVar[str] = "httptrading[moomoo]"
+
+
+def _whole(arguments: Mapping[str, Any], name: str, default: int) -> int:
+    try:
+        return int(arguments.get(name) or default)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is a whole number") from None
 
 
 def _logged_in(state: Mapping[str, Any], connection: str) -> bool:

@@ -82,16 +82,16 @@ def use_key(sdk: ModuleType, pk_path: str) -> None:
     sdk.SysConfig.RSA_OBJ = key  # so that the SDK does not open (and never close) the file
 
 
-def probe(host: str, port: int, product: str) -> str:
+def probe(host: str, port: int) -> str:
     """The IPv4 address where something listens; the SDK's own attempts would never give up."""
     try:
         address = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)[0][4]
         with socket.create_connection((str(address[0]), port), PROBE_SECONDS):
             return str(address[0])
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "no answer"
         raise BrokerUnavailable(
-            f"{product} does not listen at {host}:{port} ({error.strerror or 'no answer'}); "
-            "start it, or correct host and port"
+            f"OpenD does not listen at {host}:{port} ({reason}): start it, or correct host and port"
         ) from None
 
 

@@ -69,6 +69,16 @@ OPENNESS = [UnifiedStatus.RTH, UnifiedStatus.AFTER_HOURS, UnifiedStatus.REST, Un
 TRADE_MARKETS = {"US": {"US"}, "HK": {"HK"}, "CN": {"HKCC", "CN"}}  # REAL, paper account
 REGION_OF_MARKET = {"US": "US", "HK": "HK", "SH": "CN", "SZ": "CN"}
 ZONES = {"US": "America/New_York", "HK": "Asia/Hong_Kong", "CN": "Asia/Shanghai"}
+SECURITY_FIRMS = {  # common/constant.py:3200; N/A: the first real account's
+    "N/A",
+    "FUTUSECURITIES",
+    "FUTUINC",
+    "FUTUSG",
+    "FUTUAU",
+    "FUTUCA",
+    "FUTUMY",
+    "FUTUJP",
+}
 CASH_FIELDS = {  # trade/get-funds.html: the real balance in each currency
     "USD": "us_cash",
     "HKD": "hk_cash",

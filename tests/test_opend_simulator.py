@@ -1,9 +1,6 @@
 """The OpenD simulator, driven by the real futu SDK: what it says is what the SDK understands."""
 
 import hashlib
-import importlib
-import os
-import signal
 from decimal import Decimal
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +8,7 @@ from types import ModuleType
 import pytest
 from Crypto.PublicKey import RSA
 
+from httptrading.brokers import futu_sdk
 from simulators.exchange import Exchange, ExchangePosition, FaultKind
 from simulators.opend import ACCOUNTS, OpenD
 
@@ -24,16 +22,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="module")
 def sdk(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    home, handler = os.environ.get("HOME"), signal.getsignal(signal.SIGINT)
-    os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
-    try:
-        futu = importlib.import_module("futu")
-    finally:
-        os.environ.pop("HOME") if home is None else os.environ.update(HOME=home)
-        signal.signal(signal.SIGINT, handler)
-    futu.SysConfig.enable_console_log(False)
-    futu.SysConfig.set_all_thread_daemon(True)
-    return futu
+    return futu_sdk.load("futu", tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(params=["plain", "encrypted"])

@@ -153,8 +153,9 @@ class OpenD:
 
     `deaf`: everything is read, nothing answered. `states`: market → number (Qot_Common
     QotMarketState). `raw_status`: order id → OrderStatus number shown instead of the exchange's.
-    `locked`: REAL orders need UnlockTrade first. `enforce_limits`: too frequent requests are
-    refused in OpenD's own words and listed in `violations`.
+    `ret_type`: the RetType answered to orders, which are taken. `locked`: REAL orders need
+    UnlockTrade first. `enforce_limits`: too frequent requests are refused in OpenD's own words and
+    listed in `violations`.
     """
 
     def __init__(
@@ -179,6 +180,7 @@ class OpenD:
         self.states = {"US": 5, "HK": 3, "SH": 3, "SZ": 3}
         self.raw_status: dict[str, int] = {}
         self.violations: list[str] = []
+        self.ret_type = 0
         self._rsa = RSA.import_key(rsa_key.read_bytes()) if rsa_key else None
         self._restart_locked = locked
         self._listener: socket.socket | None = None
@@ -397,6 +399,8 @@ class OpenD:
                 _fill(response.s2c, values)
             else:
                 response.s2c.SetInParent()
+            if self.ret_type and operation == "place":
+                response = module.Response(retType=self.ret_type, retMsg="")
         except Refused as refused:
             response = module.Response(retType=-1, retMsg=str(refused))
         sent: bytes = response.SerializeToString()
@@ -744,7 +748,7 @@ class OpenD:
             fills = [_fill_row(order, at) for at in range(told, len(order.fills))]
             self._pushed_fills[order.order_id] = len(order.fills)
         self._tell(ORDER_PUSH, "Trd_UpdateOrder", int(order.account), header=header, order=row)
-        for fill in fills:
+        for fill in fills if header["trdEnv"] == REAL else ():
             self._tell(
                 FILL_PUSH, "Trd_UpdateOrderFill", int(order.account), header=header, orderFill=fill
             )

@@ -1,0 +1,760 @@
+"""Futu and Moomoo with the real SDKs against OpenD on the wire: the adapter by itself."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from httptrading.brokers import futu_sdk
+from httptrading.brokers.futu import Futu, Moomoo
+from httptrading.errors import (
+    BrokerUnavailable,
+    HttpTradingError,
+    OrderNotFound,
+    OutcomeUnknown,
+    RateLimited,
+    Rejected,
+    TimedOut,
+    Unsupported,
+)
+from httptrading.model import (
+    Contract,
+    Fill,
+    Lifecycle,
+    OrderReport,
+    OrderType,
+    TimeInForce,
+    TradeType,
+)
+from simulators.exchange import Exchange, ExchangePosition, FaultKind, OrderStatus
+from simulators.opend import ACCOUNTS, SIMULATE, Account, OpenD
+
+AAPL = Contract(TradeType.Securities, "AAPL", "US")
+PIN = "123456"
+PIN_MD5 = hashlib.md5(PIN.encode()).hexdigest()
+REAL_ACCOUNT = ACCOUNTS[1].acc_id
+
+
+class Told:
+    """What a broker told its worker (the `Link` of brokers/base.py), and the slots it took."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.reports: list[OrderReport] = []
+        self.fills: list[Fill] = []
+        self.losses: list[str] = []
+        self.taken: list[str] = []
+
+    def _tell(self, add: Callable[[], Any]) -> None:
+        with self.changed:
+            add()
+            self.changed.notify_all()
+
+    def report(self, reports: Any) -> None:
+        self._tell(lambda: self.reports.extend(reports))
+
+    def fill(self, fills: Any) -> None:
+        self._tell(lambda: self.fills.extend(fills))
+
+    def lost(self, reason: str) -> None:
+        self._tell(lambda: self.losses.append(reason))
+
+    def take(self, window: str) -> None:
+        self._tell(lambda: self.taken.append(window))
+
+    def stale(self) -> None: ...
+
+    def restored(self) -> None: ...
+
+    def wait_for(self, condition: Callable[[], Any]) -> None:
+        with self.changed:
+            assert self.changed.wait_for(condition, 20), (self.reports, self.losses)
+
+
+@pytest.fixture
+def exchange() -> Exchange:
+    return Exchange()
+
+
+@pytest.fixture
+def opend(exchange: Exchange) -> Iterator[OpenD]:
+    with OpenD(exchange) as opend:
+        yield opend
+
+
+@pytest.fixture
+def connect(opend: OpenD, tmp_path: Path) -> Iterator[Callable[..., Futu]]:
+    """Makes connected copies, as a worker does; `broker._link` is their `Told`."""
+    made: list[Futu] = []
+
+    def connect(
+        broker_class: type[Futu] = Futu,
+        connection: str = "trade",
+        **arguments: Any,
+    ) -> Futu:
+        given = {"host": "127.0.0.1", "port": opend.port, "trade_env": "REAL"} | arguments
+        broker = broker_class(given, "FutuInstance0001", ["futuToken0000001"])
+        broker.connection, broker.data_dir, broker._link = connection, tmp_path, Told()  # type: ignore[assignment]
+        made.append(broker)
+        broker.connect()
+        return broker
+
+    yield connect
+    for broker in made:
+        broker.close()
+
+
+def told(broker: Futu) -> Told:
+    assert isinstance(broker._link, Told)
+    return broker._link
+
+
+def place(broker: Futu, contract: Contract = AAPL, **changes: Any) -> str:
+    order = {
+        "order_type": OrderType.Limit,
+        "time_in_force": TimeInForce.DAY,
+        "lifecycle": Lifecycle.RTH,
+        "direction": "BUY",
+        "qty": 12,
+        "price": 200.01,
+        "mark": "ht-1",
+    } | changes
+    return broker.place_order(contract, **order)
+
+
+# --- what reaches OpenD -------------------------------------------------------------------------
+HK = Contract(TradeType.Securities, "00700", "HK")
+SHANGHAI = Contract(TradeType.Securities, "600519", "CN")
+SHENZHEN = Contract(TradeType.Securities, "000001", "CN")
+BERKSHIRE = Contract(TradeType.Securities, "BRK.B", "US")
+US_MARKET, HK_MARKET, CN_MARKET, HKCC_MARKET = 2, 1, 3, 4
+
+
+@pytest.mark.parametrize("broker_class", [Futu, Moomoo])
+@pytest.mark.parametrize(
+    ("env", "contract", "changes", "expected"),
+    [
+        ("REAL", AAPL, {}, {"session": 1}),
+        ("REAL", BERKSHIRE, {"price": 480.005}, {"code": "BRK.B", "price": 480.005}),
+        ("REAL", AAPL, {"lifecycle": Lifecycle.ETH}, {"session": 2, "fillOutsideRTH": True}),
+        ("REAL", AAPL, {"lifecycle": Lifecycle.OVERNIGHT}, {"session": 4}),
+        ("REAL", AAPL, {"time_in_force": TimeInForce.GTC}, {"timeInForce": 1}),
+        ("REAL", AAPL, {"direction": "SELL"}, {"trdSide": 2}),
+        ("REAL", AAPL, {"order_type": OrderType.Market, "price": None}, {"orderType": 2}),
+        ("REAL", HK, {}, {"code": "00700", "secMarket": 1, "session": 0}),
+        ("REAL", SHANGHAI, {}, {"code": "600519", "secMarket": 31, "session": 0}),
+        ("REAL", SHENZHEN, {}, {"code": "000001", "secMarket": 32}),
+        ("SIMULATE", AAPL, {}, {"session": 1}),
+        ("SIMULATE", HK, {}, {"secMarket": 1}),
+        ("SIMULATE", SHANGHAI, {}, {"secMarket": 31}),
+    ],
+)
+def test_every_field_of_an_order(
+    connect: Callable[..., Futu],
+    exchange: Exchange,
+    broker_class: type[Futu],
+    env: str,
+    contract: Contract,
+    changes: dict[str, Any],
+    expected: dict[str, Any],
+) -> None:
+    order_id = place(connect(broker_class, trade_env=env), contract, **changes)
+    wire = exchange.orders[order_id].wire
+    market = {"US": US_MARKET, "HK": HK_MARKET}.get(
+        contract.region, HKCC_MARKET if env == "REAL" else CN_MARKET
+    )
+    account = next(
+        account.acc_id
+        for account in ACCOUNTS
+        if account.active
+        and account.env == (1 if env == "REAL" else SIMULATE)
+        and account.sim_type != 2
+        and (env == "REAL" or contract.region in account.markets)
+    )
+    usual = {
+        "trdSide": 1,
+        "orderType": 1,
+        "code": contract.ticker,
+        "qty": 12.0,
+        "price": 200.01 if changes.get("price", 0) is not None else 0.0,
+        "adjustPrice": False,
+        "secMarket": 2,
+        "remark": "ht-1",
+        "timeInForce": 0,
+        "fillOutsideRTH": False,
+    }
+    for name, value in (usual | expected).items():
+        assert wire[name] == value, name
+    header = {"trdEnv": 1 if env == "REAL" else 0, "accID": account, "trdMarket": market}
+    assert header.items() <= wire["header"].items()
+
+
+def test_placing_sends_nothing_but_the_order(
+    connect: Callable[..., Futu], exchange: Exchange
+) -> None:
+    broker = connect()
+    before = len(exchange.requests)
+    place(broker)
+    assert [request.operation for request in exchange.requests[before:]] == ["place"]
+    assert told(broker).taken == []
+
+
+def test_the_accounts_are_asked_for_before_the_first_order_only(
+    connect: Callable[..., Futu], exchange: Exchange
+) -> None:
+    broker = connect()
+    before = len(exchange.received("accounts"))
+    order_id = place(broker)
+    broker.order(order_id)
+    broker.cancel_order(order_id)
+    broker.cash()
+    broker.positions()
+    broker.recent_orders()
+    assert len(exchange.received("accounts")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "account"),
+    [({"acc_id": 42}, 42), ({}, 41), ({"security_firm": "FUTUINC"}, 43)],
+)
+def test_the_account_asked_for_is_used(
+    connect: Callable[..., Futu],
+    opend: OpenD,
+    exchange: Exchange,
+    arguments: dict[str, Any],
+    account: int,
+) -> None:
+    opend.accounts = (
+        Account(41, 1, ("HK", "US", "HKCC")),
+        Account(42, 1, ("US",)),
+        Account(43, 1, ("US",), firm=2),
+    )
+    order_id = place(connect(**arguments))
+    assert exchange.orders[order_id].account == str(account)
+
+
+def test_a_missing_account_is_named(connect: Callable[..., Futu], opend: OpenD) -> None:
+    with pytest.raises(BrokerUnavailable, match="no REAL account with this acc_id"):
+        connect(acc_id=1)
+    opend.accounts = (Account(42, 1, ("HK",)),)
+    with pytest.raises(Unsupported, match="no REAL account for region US"):
+        place(connect())
+
+
+# --- refused before sending -----------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("env", "contract", "changes", "words"),
+    [
+        ("REAL", AAPL, {"lifecycle": Lifecycle.ETH, "order_type": OrderType.Market}, "US Market"),
+        ("REAL", HK, {"lifecycle": Lifecycle.ETH}, "HK Limit GTC RTH"),
+        ("REAL", HK, {"order_type": OrderType.Market, "time_in_force": TimeInForce.GTC}, "DAY"),
+        ("REAL", SHANGHAI, {"order_type": OrderType.Market}, "CN Limit"),
+        ("SIMULATE", AAPL, {"lifecycle": Lifecycle.ETH}, "US Limit DAY RTH"),
+        ("SIMULATE", AAPL, {"time_in_force": TimeInForce.GTC}, "US Limit DAY RTH"),
+        ("REAL", AAPL, {"price": 200.0101}, "at most 3 decimals"),
+        ("REAL", AAPL, {"price": 0.12345}, "at most 4 decimals"),
+        ("REAL", HK, {"price": 0.1234}, "at most 3 decimals"),
+        ("REAL", Contract(TradeType.Securities, "430047", "CN"), {}, "Beijing"),
+    ],
+)
+def test_what_futu_cannot_do_is_said_before_sending(
+    env: str, contract: Contract, changes: dict[str, Any], words: str
+) -> None:
+    order = {
+        "order_type": OrderType.Limit,
+        "time_in_force": TimeInForce.DAY,
+        "lifecycle": Lifecycle.RTH,
+        "direction": "BUY",
+        "qty": 100,
+        "price": 0.5,
+    } | changes
+    with pytest.raises(Unsupported, match=words):
+        Futu({"trade_env": env}).check_order(contract, **order)
+
+
+@pytest.mark.parametrize("price", [0.1234, 0.5, 1.001, 200.01, 100.0, None])
+def test_prices_futu_takes(price: float | None) -> None:
+    kind = OrderType.Limit if price else OrderType.Market
+    Futu({"trade_env": "REAL"}).check_order(
+        AAPL, kind, TimeInForce.DAY, Lifecycle.RTH, "BUY", 1, price
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "trade_env"),
+        ({"trade_env": "PAPER"}, "REAL or SIMULATE"),
+        ({"trade_env": "REAL", "unlock_pin": PIN}, "MD5"),
+        ({"trade_env": "REAL", "pin": PIN}, "unknown arguments for Futu: pin"),
+        ({"trade_env": "REAL", "security_firm": "FUTU"}, "security_firm"),
+        ({"trade_env": "REAL", "port": "x"}, "port"),
+        ({"trade_env": "REAL", "acc_id": "U1"}, "acc_id"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words) as raised:
+        Futu(arguments)
+    assert PIN not in str(raised.value)
+
+
+# --- the life of an order -----------------------------------------------------------------------
+def test_pushes_come_before_the_answer(connect: Callable[..., Futu], exchange: Exchange) -> None:
+    broker = connect()
+    exchange.fault("place", FaultKind.LATE, seconds=0.3)
+    order_id = place(broker)
+    told(broker).wait_for(lambda: told(broker).reports)
+    first = told(broker).reports[0]
+    assert (first.mark, first.order.order_id) == ("ht-1", order_id)
+    exchange.fill(order_id, 5, "200")
+    exchange.fill(order_id, 7, "200.01")
+    told(broker).wait_for(lambda: len(told(broker).fills) == 2)
+    assert [(fill.qty, fill.price) for fill in told(broker).fills] == [(5, 200), (7, 200.01)]
+    told(broker).wait_for(lambda: told(broker).reports[-1].order.is_filled)
+    assert sorted((fill.qty, fill.price) for fill in broker.fills(order_id)) == [
+        (5, 200),
+        (7, 200.01),
+    ]
+
+
+@pytest.mark.parametrize(
+    "status", [0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15, 21, 22, 23, 24, -1, 99]
+)
+def test_every_status_number_arrives(
+    connect: Callable[..., Futu], opend: OpenD, exchange: Exchange, status: int
+) -> None:
+    broker = connect()
+    order_id = place(broker)
+    exchange.orders[order_id].reason = "购买力不足"
+    opend.raw_status[order_id] = status
+    order = broker.order(order_id).order
+    assert bool(order.error_reason) is (status in (3, 21, 22, 23, 24))
+    assert "购买力不足" in order.error_reason or not order.error_reason
+    assert order.is_canceled is (status in (14, 15))
+    assert order.is_pending_cancel is (status in (12, 13))
+    opend.push(exchange.orders[order_id])
+    told(broker).wait_for(lambda: told(broker).reports[-1].order == order)
+
+
+def test_orders_are_found_long_after_their_day(
+    connect: Callable[..., Futu], exchange: Exchange
+) -> None:
+    order_id = place(connect(trade_env="SIMULATE"), HK)
+    exchange.fill(order_id, 12, "200")
+    exchange.orders[order_id].epoch -= 80 * 86400
+    broker = connect(trade_env="SIMULATE")
+    assert broker.order(order_id).order.is_filled
+    assert told(broker).taken[0].startswith("history")
+    with pytest.raises(OrderNotFound):
+        broker.order("987654321")
+
+
+def test_a_listing_has_the_orders_of_the_last_evening(
+    connect: Callable[..., Futu], exchange: Exchange
+) -> None:
+    broker = connect()
+    still_open, done, old = place(broker), place(broker), place(broker)
+    for order_id, days in ((still_open, 30), (done, 1), (old, 30)):
+        exchange.orders[order_id].epoch -= days * 86400
+    exchange.fill(done, 12, "200")
+    exchange.cancel(old)
+    listed = {report.order.order_id: report for report in broker.recent_orders()}
+    assert set(listed) == {still_open, done}
+    assert told(broker).taken == ["orders US", "history US"]
+    assert exchange.received("orders")[-1].fields["refreshCache"] is True
+    assert listed[done].time is not None
+    age = datetime.now(UTC) - listed[done].time
+    assert timedelta(hours=23) < age < timedelta(hours=25)
+
+
+@pytest.mark.parametrize("env", ["REAL", "SIMULATE"])
+def test_cancelling(connect: Callable[..., Futu], exchange: Exchange, env: str) -> None:
+    broker = connect(trade_env=env)
+    order_id = place(broker)
+    broker.cancel_order(order_id)
+    assert exchange.orders[order_id].status is OrderStatus.CANCELED
+    wire = exchange.received("cancel")[0].fields
+    assert (wire["orderIDEx"], wire["modifyOrderOp"]) == (order_id, 2)
+    with pytest.raises(Rejected, match="finished already"):
+        broker.cancel_order(order_id)
+    with pytest.raises(OrderNotFound):
+        broker.cancel_order("987654321")
+
+
+def test_an_order_of_another_account_is_not_cancelled(
+    connect: Callable[..., Futu], exchange: Exchange
+) -> None:
+    foreign = place(connect(trade_env="SIMULATE"))
+    with pytest.raises(OrderNotFound):
+        connect().cancel_order(foreign)
+    assert not exchange.orders[foreign].status.is_final
+
+
+def test_a_copy_that_never_saw_the_order_cancels_it_at_its_account(
+    connect: Callable[..., Futu], exchange: Exchange
+) -> None:
+    order_id = place(connect(trade_env="SIMULATE"), SHANGHAI)
+    connect(trade_env="SIMULATE").cancel_order(order_id)
+    assert exchange.orders[order_id].status is OrderStatus.CANCELED
+
+
+# --- unlocking ------------------------------------------------------------------------------
+def test_trading_is_unlocked_when_opend_asks_for_it(
+    connect: Callable[..., Futu], opend: OpenD, exchange: Exchange
+) -> None:
+    opend.locked = True
+    broker = connect(unlock_pin=PIN_MD5.upper())
+    assert exchange.received("unlock") == []
+    place(broker)
+    assert exchange.least_gap(["place"]) >= 0.02
+    assert told(broker).taken == ["unlock", "place"]
+    place(broker)
+    assert len(exchange.received("unlock")) == 1
+    assert len(exchange.orders) == 2
+
+
+def test_a_wrong_pin_is_tried_once(
+    connect: Callable[..., Futu], opend: OpenD, exchange: Exchange
+) -> None:
+    opend.locked = True
+    wrong = hashlib.md5(b"wrong").hexdigest()
+    broker = connect(unlock_pin=wrong)
+    texts = []
+    for _ in range(3):
+        with pytest.raises(Rejected) as raised:
+            place(broker)
+        texts.append(str(raised.value))
+    assert all("交易密码错误" in text and "unlock_pin is not tried" in text for text in texts)
+    assert wrong not in " ".join(texts) + repr(broker)
+    assert len(exchange.received("unlock")) == 1
+    assert exchange.orders == {}
+
+
+def test_without_a_pin_the_lock_is_explained(connect: Callable[..., Futu], opend: OpenD) -> None:
+    opend.locked = True
+    with pytest.raises(Rejected, match="unlock it there, or configure unlock_pin"):
+        place(connect())
+
+
+# --- money and holdings -------------------------------------------------------------------------
+@pytest.mark.parametrize("env", ["REAL", "SIMULATE"])
+def test_cash_is_what_is_held_in_that_currency(
+    connect: Callable[..., Futu], exchange: Exchange, env: str
+) -> None:
+    exchange.cash["CNY"] = Decimal("88.5")
+    broker = connect(trade_env=env)
+    held = {name: broker.cash(name).amount for name in ("USD", "HKD", "CNH", "CNY")}
+    assert held == {"USD": 30877.499, "HKD": 1000.5, "CNH": 88.5, "CNY": 88.5}
+    with pytest.raises(Unsupported, match="USD"):
+        broker.cash("EUR")
+    if env == "REAL":
+        assert broker.cash("JPY").amount == 0
+    else:
+        with pytest.raises(Unsupported, match="no SIMULATE account that holds JPY"):
+            broker.cash("JPY")
+
+
+@pytest.mark.parametrize("env", ["REAL", "SIMULATE"])
+def test_positions_of_every_market(
+    connect: Callable[..., Futu], exchange: Exchange, env: str
+) -> None:
+    held = [
+        ("US", "BRK.B", "USD", Decimal(-3)),
+        ("HK", "00700", "HKD", Decimal(200)),
+        ("CN", "600519", "CNH", Decimal("100")),
+    ]
+    exchange.positions = [ExchangePosition(*one) for one in held]
+    broker = connect(trade_env=env)
+    shown = {
+        (found.contract.region, found.contract.ticker, found.currency, found.qty)
+        for found in (*broker.positions(), *broker.positions())
+    }
+    assert shown == set(held)
+
+
+def test_only_the_first_reads_of_a_connection_cost_a_slot(
+    connect: Callable[..., Futu], exchange: Exchange
+) -> None:
+    broker = connect()
+    for _ in range(3):
+        broker.cash()
+        broker.positions()
+    assert told(broker).taken == ["cash US", "positions US"]
+    for operation in ("cash", "positions"):
+        refreshed = [request.fields.get("refreshCache") for request in exchange.received(operation)]
+        assert refreshed == [True, None, None]
+
+
+# --- quotes and markets ---------------------------------------------------------------------
+def test_quotes_of_three_markets(connect: Callable[..., Futu], exchange: Exchange) -> None:
+    broker = connect(connection="quote")
+    for contract in (BERKSHIRE, HK, SHENZHEN):
+        exchange.quote(contract.region, contract.ticker, latest=Decimal("11.53"), epoch=1748409918)
+        quote = broker.quote(contract)
+        assert (quote.latest, quote.time.timestamp()) == (11.53, 1748409918)
+    exchange.quote("HK", "00700", is_tradable=False)
+    assert broker.quote(HK).is_tradable is False
+    with pytest.raises(Rejected, match="未知股票"):
+        broker.quote(AAPL)
+    assert broker.market_status()["securities"]["HK"].origin_status == "MORNING"
+
+
+def test_a_quote_connection_has_no_trading_connection(
+    connect: Callable[..., Futu], exchange: Exchange
+) -> None:
+    connect(connection="quote")
+    assert exchange.received("accounts") == []
+    assert len(exchange.received("connect")) == 1
+
+
+# --- when things go wrong -----------------------------------------------------------------------
+def failing(call: Callable[[], Any]) -> HttpTradingError:
+    with pytest.raises(HttpTradingError) as raised:
+        call()
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "expected"),
+    [
+        (FaultKind.REFUSE, "购买力不足", Rejected),
+        (FaultKind.RATE_LIMIT, "", RateLimited),
+        (FaultKind.CUT, "", OutcomeUnknown),
+        (FaultKind.ACCEPT_THEN_CUT, "", OutcomeUnknown),
+        (FaultKind.GARBAGE, "", OutcomeUnknown),
+        (FaultKind.GARBAGE, "sha", OutcomeUnknown),
+    ],
+)
+@pytest.mark.parametrize("operation", ["place", "cancel"])
+def test_what_a_failure_means_for_an_order(
+    connect: Callable[..., Futu],
+    exchange: Exchange,
+    capfd: pytest.CaptureFixture[str],
+    kind: FaultKind,
+    text: str,
+    expected: type[HttpTradingError],
+    operation: str,
+) -> None:
+    broker = connect()
+    order_id = place(broker)
+    exchange.fault(operation, kind, text=text)
+    calls = {"place": lambda: place(broker), "cancel": lambda: broker.cancel_order(order_id)}
+    error = failing(calls[operation])
+    assert type(error) is expected
+    if expected is OutcomeUnknown:
+        told(broker).wait_for(lambda: told(broker).losses)
+    else:
+        assert told(broker).losses == []
+    if kind is FaultKind.REFUSE:
+        assert text in error.text
+    if expected is RateLimited:
+        assert error.retry_after == 30
+    assert len(exchange.received(operation)) == 1 + (operation == "place")
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("ret_type", [-100, -200, -400, -500])
+def test_opends_own_doubts_leave_an_order_open(
+    connect: Callable[..., Futu], opend: OpenD, ret_type: int
+) -> None:
+    opend.ret_type = ret_type
+    broker = connect()
+    assert type(failing(lambda: place(broker))) is OutcomeUnknown
+
+
+@pytest.mark.parametrize("kind", [FaultKind.CUT, FaultKind.GARBAGE])
+def test_a_read_without_an_answer(
+    connect: Callable[..., Futu], exchange: Exchange, kind: FaultKind
+) -> None:
+    broker = connect()
+    exchange.fault("cash", kind)
+    assert type(failing(broker.cash)) is TimedOut
+    told(broker).wait_for(lambda: told(broker).losses)
+
+
+def test_a_cut_while_idle_is_told_and_then_nothing_is_sent(
+    connect: Callable[..., Futu], opend: OpenD, exchange: Exchange
+) -> None:
+    broker = connect()
+    opend.cut()
+    told(broker).wait_for(lambda: told(broker).losses == ["The connection to OpenD ended"])
+    assert type(failing(lambda: place(broker))) is BrokerUnavailable
+    assert exchange.received("place") == []
+
+
+def test_closing_is_no_loss(connect: Callable[..., Futu], opend: OpenD) -> None:
+    broker = connect()
+    threads = threading.active_count()
+    broker.close()
+    opend.exchange.wait_for(lambda: True)
+    deadline = time.monotonic() + 20
+    while opend.connected and time.monotonic() < deadline:
+        threading.Event().wait(0.01)
+    assert opend.connected == 0
+    assert threading.active_count() <= threads
+    assert told(broker).losses == []
+
+
+def test_opend_absent(connect: Callable[..., Futu], opend: OpenD) -> None:
+    with opend.stopped():
+        with pytest.raises(BrokerUnavailable, match=f"does not listen at 127.0.0.1:{opend.port}"):
+            connect()
+    assert connect().ping() is True
+
+
+def test_a_host_that_is_none(connect: Callable[..., Futu]) -> None:
+    with pytest.raises(BrokerUnavailable, match=r"does not listen at no\.\.host"):
+        connect(host="no..host")
+
+
+def test_a_deaf_opend_ends_the_attempt_to_connect(
+    connect: Callable[..., Futu], opend: OpenD
+) -> None:
+    opend.deaf = True
+    began = time.monotonic()
+    with pytest.raises(BrokerUnavailable, match="accepts connections but does not answer"):
+        connect()
+    assert time.monotonic() - began < futu_sdk.CONNECT_SECONDS + 6
+
+
+def test_abort_ends_a_call_and_an_attempt(
+    connect: Callable[..., Futu], opend: OpenD, exchange: Exchange
+) -> None:
+    broker = connect()
+    exchange.fault("place", FaultKind.HANG)
+    errors: list[HttpTradingError] = []
+    stuck = threading.Thread(target=lambda: errors.append(failing(lambda: place(broker))))
+    stuck.start()
+    exchange.wait_for(lambda: exchange.received("place"))
+    broker.abort()
+    stuck.join(10)
+    assert not stuck.is_alive()
+    assert type(errors[0]) is OutcomeUnknown
+
+
+def test_logged_out(connect: Callable[..., Futu], opend: OpenD, exchange: Exchange) -> None:
+    broker = connect()
+    opend.logged_in = False
+    assert "not logged in (it says FORCE_LOGOUT)" in failing(broker.ping).text
+    assert type(failing(lambda: place(broker))) is BrokerUnavailable
+    assert exchange.orders == {}
+    opend.notify_login()
+    told(broker).wait_for(lambda: "OpenD is no longer logged in" in told(broker).losses)
+    with pytest.raises(BrokerUnavailable, match="log in there"):
+        connect()
+    with pytest.raises(BrokerUnavailable, match="log in there"):
+        connect(connection="quote")
+    opend.log_in()
+    assert connect().ping() is True
+
+
+def test_a_key_that_is_none(opend: OpenD, tmp_path: Path) -> None:
+    """In a process of its own: the SDK holds one key per process."""
+    path = tmp_path / "not-a-key"
+    path.write_text("secret-looking text")
+    ran = run_alone(
+        tmp_path,
+        f"""
+        broker = Futu({{"port": {opend.port}, "trade_env": "REAL", "pk_path": {str(path)!r}}})
+        broker.data_dir = home / "data"
+        try:
+            broker.connect()
+        except Exception as error:
+            assert "not the RSA private key" in str(error), error
+        plain = Futu({{"port": {opend.port}, "trade_env": "REAL"}})
+        plain.data_dir = home / "data"
+        try:
+            plain.connect()
+        except Exception as error:
+            assert "cannot share a process" in str(error), error
+        else:
+            raise AssertionError
+        """,
+    )
+    assert (ran.returncode, ran.stdout) == (0, ""), ran.stderr
+    assert "secret-looking" not in ran.stderr
+
+
+def run_alone(home: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Runs code with `Futu` in a fresh interpreter whose HOME is `home`."""
+    lines = code.strip("\n").splitlines()
+    indent = len(lines[0]) - len(lines[0].lstrip())
+    script = "\n".join(line[indent:] for line in lines)
+    head = (
+        "import os, pathlib, signal\n"
+        "from httptrading.brokers.futu import Futu\n"
+        "home = pathlib.Path(os.environ['HOME'])\n"
+        "(home / 'data').mkdir()\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", head + script],
+        env={**os.environ, "HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+def test_the_sdk_leaves_the_process_alone(opend: OpenD, tmp_path: Path) -> None:
+    """Nothing on stdout, nothing in $HOME, SIGINT as before, no thread that holds the process."""
+    ran = run_alone(
+        tmp_path,
+        f"""
+        handler = signal.getsignal(signal.SIGINT)
+        broker = Futu({{"port": {opend.port}, "trade_env": "REAL"}})
+        broker.data_dir = home / "data"
+        broker.connect()
+        assert broker.cash().amount == 30877.499
+        assert signal.getsignal(signal.SIGINT) is handler
+        assert os.environ["HOME"] == str(home)
+        assert os.listdir(home) == ["data"], os.listdir(home)
+        assert os.listdir(home / "data") == [".com.futunn.FutuOpenD"]
+        """,
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
+def test_sigint_still_interrupts(opend: OpenD, tmp_path: Path) -> None:
+    ran = run_alone(
+        tmp_path,
+        f"""
+        broker = Futu({{"port": {opend.port}, "trade_env": "REAL"}})
+        broker.data_dir = home / "data"
+        broker.connect()
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
+        except KeyboardInterrupt:
+            print("interrupted")
+        """,
+    )
+    assert ran.stdout == "interrupted\n", ran.stderr
+
+
+def test_two_opends_with_the_same_connection_ids(tmp_path: Path, exchange: Exchange) -> None:
+    """The SDK files connections under OpenD's numbers, which two OpenDs give twice."""
+    other = Exchange()
+    other.cash["USD"] = Decimal("1.5")
+    brokers = []
+    with OpenD(exchange) as first, OpenD(other) as second:
+        for opend in (first, second):
+            broker = Futu({"port": opend.port, "trade_env": "REAL"})
+            broker.data_dir = tmp_path
+            broker.connect()
+            brokers.append(broker)
+        assert [broker.cash().amount for broker in brokers] == [30877.499, 1.5]
+        assert [
+            place(broker) in known.orders
+            for broker, known in zip(brokers, (exchange, other), strict=True)
+        ] == [True, True]
+        for broker in brokers:
+            broker.close()
