@@ -17,6 +17,7 @@ import simplejson
 from flask import Flask
 
 from httptrading.brokers.base import BaseBroker, Combination, Window, combine
+from httptrading.brokers.settings import InstanceSettings
 from httptrading.model import CURRENCIES, Lifecycle, OrderType, TimeInForce
 from simulators.exchange import (
     Exchange,
@@ -265,12 +266,19 @@ class Subject:
         server: Server | None = None,
         *,
         listing_delay: float = 0.2,
+        **settings: Any,
     ) -> None:
+        """`settings` are further `InstanceSettings`, e.g. `isolation="process"`."""
         broker.instance_id = broker.instance_id or INSTANCE_ID
         broker.tokens = broker.tokens or [TOKEN]
-        # Set on the object, not the class: copies of it in a worker carry them along.
-        loose = {name: Window(10_000, 1.0) for name in broker.windows}
-        vars(broker).update(windows=loose, listing_delay=listing_delay)
+        # On the object, not the class: the copies in the workers carry it along.
+        vars(broker)["listing_delay"] = listing_delay
+        self.settings = InstanceSettings(
+            broker,
+            windows={name: Window(10_000, 1.0) for name in broker.windows},
+            hard_limit=1.0,
+            **settings,
+        )
         self.broker = broker
         self.data_dir = data_dir
         self.exchange = exchange or Exchange()
@@ -281,13 +289,17 @@ class Subject:
     def __enter__(self) -> Self:
         from httptrading import create_app
 
-        self.app = create_app(brokers=[self.broker], data_dir=self.data_dir)
+        self.app = create_app(brokers=self.instances(), data_dir=self.data_dir)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.exchange.clear_faults()
         assert self.app is not None
         self.app.extensions["httptrading"].close()
+
+    def instances(self) -> list[InstanceSettings]:
+        """What the app serves; the subject is the first."""
+        return [self.settings]
 
     # --- the client's side ----------------------------------------------------------------
     def trader(self) -> Trader:
@@ -410,8 +422,8 @@ class Subject:
         self.exchange.fault("place", FaultKind.REFUSE, text=words)
         return self.limit(), words
 
-    def refused_quote(self) -> tuple[str, str]:
-        """Region and ticker of a quote that the broker will refuse."""
+    def refused_quote(self) -> tuple[str, str] | None:
+        """Region and ticker of a quote that the broker will refuse; None: it refuses none."""
         region = next(region for region in TICKERS if self.quotes(region))
         self.exchange.fault("quote", FaultKind.REFUSE, text="Unknown stock")
         return region, TICKERS[region]

@@ -1,0 +1,143 @@
+"""Paper passes the cases every broker passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from acceptance.cases import BrokerAcceptance
+from acceptance.kit import Subject
+from httptrading.brokers.paper import INITIAL_CASH, Paper
+from httptrading.brokers.paper_exchange import (
+    CASH,
+    HOLDINGS,
+    NO_FEES,
+    PaperExchange,
+    PaperOrder,
+    Status,
+)
+from httptrading.brokers.paper_market import AlwaysOpen, BorrowedPrices
+from simulators.exchange import ExchangeFill, ExchangeOrder, ExchangePosition, OrderStatus
+
+STATUS = {
+    Status.WORKING: OrderStatus.WORKING,
+    Status.FILLED: OrderStatus.FILLED,
+    Status.CANCELED: OrderStatus.CANCELED,
+    Status.REJECTED: OrderStatus.REJECTED,
+    Status.EXPIRED: OrderStatus.EXPIRED,
+}
+
+
+class WatchedPaper(Paper):
+    """Paper that counts what reaches it."""
+
+    received: ClassVar[list[str]] = []
+
+    async def place_order(self, *arguments: Any, **keywords: Any) -> str:
+        self.received.append("place")
+        return await super().place_order(*arguments, **keywords)
+
+    async def cancel_order(self, order_id: str) -> None:
+        self.received.append("cancel")
+        await super().cancel_order(order_id)
+
+
+class PaperSubject(Subject):
+    """The script is a second exchange object on the account's file."""
+
+    def __init__(self, data_dir: Path) -> None:
+        WatchedPaper.received.clear()
+        super().__init__(WatchedPaper(), data_dir)
+
+    def ready(self) -> None:
+        super().ready()
+        (path,) = self.data_dir.glob("instances/*/paper.sqlite")
+        self.script = PaperExchange(
+            path,
+            {currency: Decimal(amount) for currency, amount in INITIAL_CASH.items()},
+            BorrowedPrices(lambda region, ticker: None),
+            AlwaysOpen(),
+            NO_FEES,
+            lambda: 0.0,
+        )
+
+    def calm(self) -> None:
+        for currency, amount in INITIAL_CASH.items():
+            self.set_cash(currency, amount)
+        self.script.close()
+
+    def placements(self) -> int:
+        return WatchedPaper.received.count("place")
+
+    def cancellations(self) -> int:
+        return WatchedPaper.received.count("cancel")
+
+    def orders(self) -> list[ExchangeOrder]:
+        return [self.shown(order) for order in self.script.orders(0)]
+
+    def shown(self, order: PaperOrder) -> ExchangeOrder:
+        fills = [
+            ExchangeFill(str(fill.number), Decimal(fill.qty), fill.price, fill.time)
+            for fill in self.script.fills(order.order_id)
+        ]
+        return ExchangeOrder(
+            order.order_id,
+            order.region,
+            order.ticker,
+            order.direction,
+            order.order_type.name,
+            order.price,
+            Decimal(order.qty),
+            order.time_in_force.name,
+            order.lifecycle.name,
+            mark=order.mark,
+            status=STATUS[order.status],
+            reason=order.reason,
+            fills=fills,
+        )
+
+    def fill(self, order_id: str, qty: Decimal | int, price: Decimal | str) -> None:
+        self.script.execute(order_id, int(qty), Decimal(price))
+
+    def reject(self, order_id: str, reason: str) -> None:
+        self.script.finish(order_id, Status.REJECTED, reason)
+
+    def cancel(self, order_id: str) -> None:
+        self.script.finish(order_id, Status.CANCELED)
+
+    def expire(self, order_id: str) -> None:
+        self.script.finish(order_id, Status.EXPIRED, "The order's day has ended.")
+
+    def refused_order(self) -> tuple[dict[str, Any], str]:
+        return self.limit(qty=10_000_000), "Not enough buying power"
+
+    def refused_quote(self) -> tuple[str, str] | None:
+        return None  # made-up prices are made up for every ticker
+
+    def set_quote(self, region: str, ticker: str, **fields: Any) -> bool:
+        return False
+
+    def set_cash(self, currency: str, amount: str) -> None:
+        """Sets what can be spent: beside what working orders have set aside."""
+        with self.script._transaction() as db:
+            here = CASH.c.currency == currency
+            reserved = db.execute(CASH.select().where(here)).one().reserved
+            db.execute(CASH.update().where(here).values(amount=Decimal(amount) + reserved))
+
+    def set_positions(self, positions: list[ExchangePosition]) -> None:
+        with self.script._transaction() as db:
+            db.execute(HOLDINGS.delete())
+            for held in positions:
+                row = {"region": held.region, "ticker": held.ticker, "currency": held.currency}
+                db.execute(HOLDINGS.insert().values(row | {"qty": held.qty, "cost": Decimal(1)}))
+
+
+class TestPaper(BrokerAcceptance):
+    @pytest.fixture(scope="class")
+    def subject(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
+        with PaperSubject(tmp_path_factory.mktemp("paper")) as subject:
+            yield subject
