@@ -179,6 +179,10 @@ class Instance:
 
     # --- life ---------------------------------------------------------------------------------
     def start(self) -> None:
+        costs = self.broker.costs.get("place_order", ())
+        longest = max((self.windows.state()[name].seconds for name in costs), default=0.0)
+        if longest:
+            self.windows.remember(costs, self._journal.sent_ages(self.id, longest))
         self.settlement.start()
         for worker in self.workers.values():
             worker.start()

@@ -57,6 +57,10 @@ class _Slots:
         self._last = time.monotonic()
         self._ends.append(self._last)
 
+    def remember(self, moments: list[float]) -> None:
+        earlier = [moment for moment in moments if not self._ends or moment < self._ends[0]]
+        self._ends.extendleft(reversed(earlier[-(self.window.limit - len(self._ends)) :]))
+
     def left(self) -> int:
         self._forget(time.monotonic())
         return max(0, self.window.limit - len(self._ends) - self.running)
@@ -141,6 +145,13 @@ class Windows:
                 raise _too_often(wait)
             slot.begin()
             slot.end()
+
+    def remember(self, costs: Iterable[str], ages: Iterable[float]) -> None:
+        """Calls of an earlier life of this process, so many seconds ago, still count."""
+        moments = sorted(time.monotonic() - age for age in ages)
+        with self._lock:
+            for name in costs:
+                self._slots[name].remember(moments)
 
     def state(self) -> dict[str, WindowState]:
         with self._lock:
