@@ -58,8 +58,8 @@ class _Slots:
         self._ends.append(self._last)
 
     def remember(self, moments: list[float]) -> None:
-        earlier = [moment for moment in moments if not self._ends or moment < self._ends[0]]
-        self._ends.extendleft(reversed(earlier[-(self.window.limit - len(self._ends)) :]))
+        newest = sorted([*self._ends, *moments])[-self.window.limit :]
+        self._ends = deque(newest, maxlen=self.window.limit)
 
     def left(self) -> int:
         self._forget(time.monotonic())
