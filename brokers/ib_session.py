@@ -190,11 +190,21 @@ class TwsSession:
         await asyncio.sleep(0)  # the transport closes in the loop's next turn
 
     def abort(self) -> None:
-        transport = getattr(getattr(self.ib, "client", None), "conn", None)
-        transport = getattr(transport, "transport", None)
+        """Breaks the socket; from any thread."""
+        transport = self._transport()
         if transport is not None:
             with suppress(OSError):
                 transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+
+    def _lose(self, reason: str) -> None:
+        """Gives the connection up: whoever waits for an answer hears of it at once."""
+        self._ears.on_lost(reason)
+        transport = self._transport()
+        if transport is not None:
+            transport.abort()
+
+    def _transport(self) -> Any:
+        return self.ib.client.conn.transport if self.ib is not None else None
 
     def _start(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.ensure_future(work)
@@ -214,7 +224,7 @@ class TwsSession:
             async with asyncio.timeout(seconds):
                 await self.ask_named(self.ib.reqCurrentTimeAsync)
         except (TimeoutError, HttpTradingError):
-            self._ears.on_lost("TWS does not answer")
+            self._lose("TWS does not answer")
             return False
         return self._is_linked
 
@@ -242,7 +252,7 @@ class TwsSession:
                 answer: _Answer = await self._named
                 return answer
             except asyncio.CancelledError:
-                self._ears.on_lost("TWS left a request unanswered")
+                self._lose("TWS left a request unanswered")
                 raise
             except ConnectionError:
                 raise BrokerUnavailable("TWS closed the connection") from None
@@ -321,13 +331,11 @@ class TwsSession:
             self._is_linked = False
             self._fail_named(BrokerUnavailable(UNLINKED))
             if self._is_live:
-                self._ears.on_lost(UNLINKED)
+                self._lose(UNLINKED)
         elif code in LINK_RESTORED:
             self._is_linked = True
             if self._is_live:
-                self._ears.on_lost(
-                    "TWS is connected to IB's servers again; reading everything anew"
-                )
+                self._lose("TWS is connected to IB's servers again; reading everything anew")
         elif request_id in self._quotes:
             if is_refusal(code):
                 self._quotes[request_id].error = (code, text)
