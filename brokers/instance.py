@@ -352,7 +352,15 @@ class Instance:
             if placement.request != request:
                 raise _conflict(key)
             if not mine:
-                return self._await_placement(placement, key, deadline, replayed=True)
+                # A push or a listing may have found the order while its call is stuck.
+                found = self._found(key)
+                try:
+                    return found or self._await_placement(placement, key, deadline, replayed=True)
+                except OutcomeUnknown:
+                    found = self._found(key)
+                    if found is None:
+                        raise
+                    return found
             try:
                 known = self._journal.by_client_order_id(self.id, key)
                 if known is not None:
@@ -372,6 +380,13 @@ class Instance:
             self._give_back(key, placement, _unknown(key))
             if not self.settlement.wait_for(known.row_id, deadline):
                 raise _unknown(key)
+
+    def _found(self, key: str) -> Placed | None:
+        """The replayed answer for an order that is known to be at the broker."""
+        known = self._journal.by_client_order_id(self.id, key)
+        if known is None or known.state not in (PLACED, SEEN):
+            return None
+        return Placed(known.order_id, key, known.created, replayed=True)
 
     def _release(self, key: str, placement: Placement, known: JournalOrder) -> Placed:
         self._forget(key, placement)
