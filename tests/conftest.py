@@ -1,0 +1,11 @@
+"""Options of the long-running tests."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--orders", type=int, default=200, help="orders of the kill test")
+    parser.addoption("--minutes", type=float, default=1.0, help="length of the soak")
+    parser.addoption("--seed", type=int, default=0, help="repeats a run's random choices")
