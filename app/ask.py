@@ -99,8 +99,10 @@ class Ask:
             raise BodyTooLarge(f"The body is larger than {LARGEST_BODY} bytes.") from None
         try:
             self.raw_body = load_json(text.decode("utf-8"))
-        except ValueError:
-            raise InvalidRequest("The body is not valid JSON (UTF-8).") from None
+        except UnicodeDecodeError:
+            raise InvalidRequest("The body is not UTF-8 text.") from None
+        except ValueError as error:
+            raise InvalidRequest(f"The body {error}.") from None
         if not isinstance(self.raw_body, dict):
             raise InvalidRequest("The body must be a JSON object.")
         loader = schema(unknown=EXCLUDE) if self.lenient else schema()

@@ -33,9 +33,11 @@ class Price(fields.Field[Decimal]):
             raise ValidationError("must be greater than 0")
         if number > LARGEST_PRICE:
             raise ValidationError(f"must be at most {LARGEST_PRICE}")
-        if len(number.normalize().as_tuple().digits) > SIGNIFICANT_DIGITS:
+        # Not normalize(): that rounds to the context's 28 digits.
+        digits = "".join(map(str, number.as_tuple().digits)).rstrip("0")
+        if len(digits) > SIGNIFICANT_DIGITS:
             raise ValidationError(f"must have at most {SIGNIFICANT_DIGITS} significant digits")
-        if number.normalize().adjusted() < -SIGNIFICANT_DIGITS:
+        if number.adjusted() < -SIGNIFICANT_DIGITS:
             raise ValidationError("is too small")
         return number
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
-from decimal import Decimal
+from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import simplejson
+
+DEEPEST = 32
+"""How deeply a request's JSON may be nested; no documented body has more than one level."""
+
+_BEYOND_DOUBLES = 400  # a power of ten that no double reaches
 
 
 class _Plain(Decimal):
@@ -31,7 +37,10 @@ def exact(number: Any) -> Decimal:
     >>> exact(200.01)
     Decimal('200.01')
     """
-    value = number if isinstance(number, Decimal) else Decimal(repr(number))
+    if isinstance(number, float):
+        value = Decimal(float.__repr__(number))  # also of subclasses, whose repr is their own
+    else:
+        value = Decimal(number)
     if not value.is_finite():
         raise ValueError("not a finite number")
     return value
@@ -47,16 +56,70 @@ def with_fraction(number: Any) -> Decimal:
 
 def load_json(text: str | bytes) -> Any:
     """Parses strict JSON with exact numbers; NaN and infinities come back as such Decimals, so that
-    the field they stand in can be named. ValueError for anything else than JSON."""
+    the field they stand in can be named.
+
+    ValueError, whose text goes on after "The body …", for what is no JSON, and for JSON that two
+    readers may understand differently: a key that stands twice, half a surrogate pair.
+    """
     try:
-        return json.loads(text, parse_float=Decimal, parse_constant=Decimal, parse_int=_integer)
+        value = json.loads(
+            text,
+            parse_float=_fraction,
+            parse_constant=Decimal,
+            parse_int=_integer,
+            object_pairs_hook=_object,
+        )
+    except json.JSONDecodeError:
+        raise ValueError("is not valid JSON") from None
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise ValueError("is nested too deeply") from None
+    _check_depth_and_texts(value)
+    return value
 
 
 def _integer(digits: str) -> int | Decimal:
     # int() of thousands of digits is slow on purpose (CPython limits it); such a number is no use.
     return int(digits) if len(digits) <= 40 else Decimal(digits)
+
+
+def _fraction(text: str) -> Decimal:
+    """Beyond what a double holds, a number becomes an infinity or 0, as for most readers of JSON:
+    printing 1e999999999 would take a billion digits."""
+    try:
+        number = Decimal(text)
+    except InvalidOperation:  # an exponent of more digits than the decimal module takes
+        return Decimal(0) if "e-" in text.lower() else Decimal("Infinity")
+    if number and number.adjusted() > _BEYOND_DOUBLES:
+        return Decimal("Infinity").copy_sign(number)
+    return number if number.adjusted() > -_BEYOND_DOUBLES else Decimal(0)
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("names a key twice")
+    return found
+
+
+def _check_depth_and_texts(value: Any) -> None:
+    level = [value]
+    for _ in range(DEEPEST):
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += item
+                inner += item.values()
+            elif isinstance(item, list):
+                inner += item
+            elif isinstance(item, str) and not item.isascii():
+                try:
+                    item.encode()
+                except UnicodeEncodeError:
+                    raise ValueError("has half a surrogate pair in a text") from None
+        if not inner:
+            return
+        level = inner
+    raise ValueError("is nested too deeply")
 
 
 def dump_json(value: Any) -> str:

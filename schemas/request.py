@@ -19,6 +19,7 @@ from marshmallow import (
     fields,
     post_load,
     pre_load,
+    validate,
     validates_schema,
 )
 
@@ -37,6 +38,9 @@ from httptrading.tickers import REGIONS, canonical_ticker
 DIRECTIONS = ("BUY", "SELL")
 _ANY_TEXT = re.compile(r".{1,32}", re.DOTALL)
 _CURRENCY = re.compile(r"[A-Z]{3}")
+MOST_LISTED = 1000
+"""Orders in one answer of order/list."""
+_LIMIT_SENTENCE = f"must be a whole number from 1 to {MOST_LISTED}"
 
 
 @dataclass(frozen=True)
@@ -224,8 +228,16 @@ class OrderListQuery(Schema):
         unknown = EXCLUDE
 
     status = OneOf(("open", "closed", "all"), load_default="all")
-    since = fields.AwareDateTime(format="iso", default_timezone=UTC)
-    limit = fields.Integer(load_default=100, validate=lambda value: 1 <= value <= 1000)
+    since = fields.AwareDateTime(
+        format="iso",
+        default_timezone=UTC,
+        error_messages={"invalid": "must be a time like 2025-05-28T05:20:07Z"},
+    )
+    limit = fields.Integer(
+        load_default=100,
+        validate=validate.Range(1, MOST_LISTED, error=_LIMIT_SENTENCE),
+        error_messages={"invalid": _LIMIT_SENTENCE},
+    )
 
     @post_load
     def to_query(self, data: Mapping[str, Any], **kwargs: Any) -> ListQuery:
