@@ -115,11 +115,11 @@ def test_nothing_but_httptrading_is_installed(environment: Path) -> None:
     assert {name for name in installed if not name.endswith(".dist-info")} == {"httptrading"}
 
 
-def test_every_module_is_in_the_wheel(wheel: Path) -> None:
+def test_every_module_is_in_the_wheel(wheel: Path, checkout: Path) -> None:
     expected = {"httptrading/py.typed"}
     for folder, place in PARTS.items():
-        for path in (ROOT / folder).rglob("*.py"):
-            expected.add(f"{place}/{path.relative_to(ROOT / folder).as_posix()}")
+        for path in (checkout / folder).rglob("*.py"):
+            expected.add(f"{place}/{path.relative_to(checkout / folder).as_posix()}")
     assert files_in(wheel) == expected
 
 
