@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from httptrading.brokers.base import BaseBroker
 from httptrading.brokers.local import LocalBroker
-from httptrading.errors import BrokerUnavailable, HttpTradingError
+from httptrading.errors import BrokerUnavailable, HttpTradingError, InternalError
 from httptrading.model import Contract, Fill, OrderReport, Quote
 
 PICKLE_PROTOCOL = 4
@@ -98,7 +98,7 @@ async def _serve(pipe: Connection, link: _ParentLink, broker: LocalBroker) -> No
             try:
                 value: Any = None
                 match message:
-                    case ("open", float(seconds)):
+                    case ("open", float() | int() as seconds):
                         await broker.open(seconds)
                     case ("run", str(operation), dict(arguments), float(seconds)):
                         value = await broker.run(operation, arguments, seconds)
@@ -106,7 +106,12 @@ async def _serve(pipe: Connection, link: _ParentLink, broker: LocalBroker) -> No
                         await broker.close()
                         link.send("result", None)
                         return
-                link.send("result", value)
+                    case _:
+                        raise InternalError("The child process was asked something it cannot do")
+                try:
+                    link.send("result", value)
+                except (pickle.PicklingError, TypeError, AttributeError):
+                    raise InternalError("The broker's answer cannot leave its process") from None
             except HttpTradingError as error:
                 link.send("error", error)
 

@@ -39,14 +39,15 @@ class _Slots:
         wait = 0.0
         if gaps and window.gap:
             wait = max(0.0, self._last + window.gap * (ahead + 1) - now)
-        needed = self.running + ahead + 1 + (0 if cancel else window.kept)
-        free = window.limit - len(self._ends)
-        if needed > free:
-            # The slot is free when the call that many places back in the log has left the window.
-            rounds, index = divmod(needed - free - 1, window.limit)
-            end = self._ends[index] if index < len(self._ends) else now
+        usable = window.limit if cancel else window.limit - window.kept
+        # Those ahead fill the window again and again before it is this call's turn.
+        rounds, ahead = divmod(ahead, usable)
+        # So many calls must have left it then: the log's oldest first, the running ones after.
+        leaving = len(self._ends) + self.running + ahead + 1 - usable
+        if leaving > 0:
+            end = self._ends[leaving - 1] if leaving <= len(self._ends) else now
             wait = max(wait, end + window.seconds * (rounds + 1) - now)
-        return wait
+        return max(wait, window.seconds * rounds)
 
     def begin(self) -> None:
         self.running += 1

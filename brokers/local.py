@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from httptrading.brokers.base import CHANGES, BaseBroker, Link, run_operation
+from httptrading.brokers.checked import NonsenseAnswer, checked
 from httptrading.errors import (
     BrokerUnavailable,
     HttpTradingError,
@@ -73,9 +74,14 @@ class LocalBroker:
         changes = operation in CHANGES
         try:
             async with asyncio.timeout(seconds):
-                return await run_operation(getattr(broker, operation), **arguments)
+                value = await run_operation(getattr(broker, operation), **arguments)
+            return checked(operation, value)
         except HttpTradingError:
             raise
+        except NonsenseAnswer as error:
+            text = f"The answer of {broker.broker_display} to {operation} has {error}"
+            log.error("%s.%s: the answer has %s", broker.broker_name, operation, error)
+            raise (OutcomeUnknown(text) if changes else InternalError(text)) from None
         except NotImplementedError:
             raise Unsupported(f"{broker.broker_display} does not offer {operation}") from None
         except TimeoutError:

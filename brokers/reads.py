@@ -70,13 +70,16 @@ class ReadMemory:
         """
         with self._lock:
             shared = self._under_way.get(key)
-            if shared is not None and not fresh and shared.generation == self._generation:
+            if (
+                shared is not None
+                and not fresh
+                and shared.generation == self._generation
+                and shared.waiting  # else its last waiter is just taking it out of the queue
+            ):
                 shared.waiting += 1
                 return shared
-            generation = self._generation
-        shared = SharedRead(make_call(), generation)
-        with self._lock:
-            self._under_way[key] = shared
+            # Under the lock, so that reads that come at the same moment make one call.
+            shared = self._under_way[key] = SharedRead(make_call(), self._generation)
         shared.call.add_done_callback(lambda call: self._ended(operation, key, shared))
         return shared
 

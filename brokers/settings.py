@@ -35,7 +35,8 @@ class InstanceSettings:
     """Seconds a call may take when the request has no `HT-TIMEOUT`; 1 to 30."""
 
     hard_limit: float = 5.0
-    """Seconds that a call may run past its deadline before its worker is replaced."""
+    """Seconds that a call may run, whatever its deadline, before its worker can count as stuck; it
+    is replaced when both have passed."""
 
     connect_timeout: float = 15.0
     """Seconds after which an attempt to connect is abandoned."""

@@ -1,0 +1,192 @@
+"""What a broker answers, checked before anybody believes it: the documented types, finite numbers.
+
+An adapter (anybody's own, too) that returns something else has a bug. It is named here by operation
+and field, never by value, and goes no further: not into an answer, the memory or the journal.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+from httptrading.model import (
+    Cash,
+    Contract,
+    Fill,
+    MarketStatus,
+    Order,
+    OrderReport,
+    Position,
+    Quote,
+    TradeType,
+    UnifiedStatus,
+    Unit,
+)
+
+
+class NonsenseAnswer(ValueError):
+    """The text goes on after "The broker's answer has …"."""
+
+
+def checked(operation: str, value: Any) -> Any:
+    """The answer, order ids as text; NonsenseAnswer says what is wrong."""
+    check = _CHECKS.get(operation)
+    return value if check is None else check(value)
+
+
+def _ping(value: Any) -> bool:
+    return bool(value)
+
+
+def _placed(value: Any) -> str:
+    """ "" and 0 are some SDKs' words for "no id"."""
+    if isinstance(value, bool) or not isinstance(value, str | int) or value in ("", "0", 0):
+        raise NonsenseAnswer("no order id")
+    return str(value)
+
+
+def _quote(value: Any) -> Quote:
+    quote = _of(value, Quote, "a quote")
+    _contract(quote.contract)
+    _text(quote.currency, "currency")
+    _of(quote.is_tradable, bool, "is_tradable")
+    for name in ("latest", "pre_close", "open_price", "high_price", "low_price"):
+        _number(getattr(quote, name), name)
+    _of(quote.time, datetime, "time")
+    return quote
+
+
+def _market_status(value: Any) -> Mapping[Any, Any]:
+    states = _of(value, Mapping, "market states")
+    for kind, regions in states.items():
+        if not isinstance(regions, Mapping):
+            continue  # brokers for httptrading 1.0 put a "type" beside the kinds
+        _of(kind, str | TradeType, "a kind of market")
+        for region, status in regions.items():
+            _text(region, "region")
+            _of(status, MarketStatus, "a market's state")
+            _text(status.region, "region")
+            _text(status.origin_status, "origin_status")
+            _of(status.unified_status, UnifiedStatus, "unified_status")
+    return states
+
+
+def _cash(value: Any) -> Cash:
+    cash = _of(value, Cash, "cash")
+    _text(cash.currency, "currency")
+    _number(cash.amount, "amount")
+    return cash
+
+
+def _positions(value: Any) -> list[Position]:
+    return [_position(one) for one in _listed(value)]
+
+
+def _position(value: Any) -> Position:
+    position = _of(value, Position, "a position")
+    _text(position.broker, "broker")
+    _text(position.broker_display, "broker_display")
+    _contract(position.contract)
+    _of(position.unit, Unit, "unit")
+    _text(position.currency, "currency")
+    _number(position.qty, "qty")
+    return position
+
+
+def _order(value: Any) -> Order | OrderReport:
+    return _report(value) if isinstance(value, OrderReport) else _bare_order(value)
+
+
+def _bare_order(value: Any) -> Order:
+    order = _of(value, Order, "an order")
+    for name in ("qty", "filled_qty", "avg_price"):
+        _number(getattr(order, name), name)
+    _text(order.currency, "currency")
+    _of(order.is_canceled, bool, "is_canceled")
+    _of(order.is_pending_cancel, bool, "is_pending_cancel")
+    reason = order.error_reason or ""
+    _text(reason, "error_reason")
+    order_id = _placed(order.order_id)
+    if (order_id, reason) != (order.order_id, order.error_reason):
+        order = replace(order, order_id=order_id, error_reason=reason)
+    return order
+
+
+def _report(value: Any) -> OrderReport:
+    report = _of(value, OrderReport, "an order report")
+    order = _bare_order(report.order)
+    _text(report.mark, "mark")
+    if report.contract is not None:
+        _contract(report.contract)
+    if report.price is not None:
+        _number(report.price, "price")
+    if report.time is not None:
+        _of(report.time, datetime, "time")
+    for name in ("order_type", "time_in_force", "lifecycle"):
+        _of(getattr(report, name), enum.Enum | None, name)
+    return report if order is report.order else replace(report, order=order)
+
+
+def _reports(value: Any) -> list[OrderReport]:
+    return [_report(one) for one in _listed(value)]
+
+
+def _fills(value: Any) -> list[Fill]:
+    return [_fill(one) for one in _listed(value)]
+
+
+def _fill(value: Any) -> Fill:
+    fill = _of(value, Fill, "a fill")
+    _number(fill.qty, "qty")
+    _number(fill.price, "price")
+    _of(fill.time, datetime, "time")
+    return fill
+
+
+_CHECKS: Mapping[str, Callable[[Any], Any]] = {
+    "ping": _ping,
+    "quote": _quote,
+    "market_status": _market_status,
+    "cash": _cash,
+    "positions": _positions,
+    "order": _order,
+    "recent_orders": _reports,
+    "fills": _fills,
+    "place_order": _placed,
+}
+
+
+# --- the smallest parts --------------------------------------------------------------------------
+def _of(value: Any, kind: Any, what: str) -> Any:
+    if not isinstance(value, kind):
+        raise NonsenseAnswer(f"{type(value).__name__} where {what} belongs")
+    return value
+
+
+def _listed(value: Any) -> Iterable[Any]:
+    listed: Iterable[Any] = _of(value, list | tuple, "a list")
+    return listed
+
+
+def _text(value: Any, name: str) -> None:
+    if not isinstance(value, str):
+        raise NonsenseAnswer(f"{name} of type {type(value).__name__}, not text")
+
+
+def _contract(value: Any) -> None:
+    contract = _of(value, Contract, "a contract")
+    _of(contract.trade_type, TradeType, "trade_type")
+    _text(contract.ticker, "ticker")
+    _text(contract.region, "region")
+
+
+def _number(value: Any, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        raise NonsenseAnswer(f"{name} of type {type(value).__name__}, not a number")
+    if not math.isfinite(value):
+        raise NonsenseAnswer(f"{name} that is no finite number")
