@@ -179,6 +179,7 @@ class OpenD:
         self.logged_in = True
         self.states = {"US": 5, "HK": 3, "SH": 3, "SZ": 3}
         self.raw_status: dict[str, int] = {}
+        self.limits = dict(LIMITS)
         self.violations: list[str] = []
         self.ret_type = 0
         self._rsa = RSA.import_key(rsa_key.read_bytes()) if rsa_key else None
@@ -430,7 +431,7 @@ class OpenD:
 
     def _check_limit(self, operation: str, request: Any) -> None:
         """Request n+1 must be more than 30 s after request 1 (qa/quote.html Q5)."""
-        limit, seconds, gap, words = LIMITS.get(operation, (0, 30.0, 0.0, ""))
+        limit, seconds, gap, words = self.limits.get(operation, (0, 30.0, 0.0, ""))
         if operation in REFRESHED and request.refreshCache:
             limit, words = 10, _too_often(10)
         if not self.enforce_limits or not limit:

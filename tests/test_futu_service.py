@@ -1,0 +1,311 @@
+"""Futu behind the HTTP API: the documented limits, several OpenDs at once, and their failures."""
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from Crypto.PublicKey import RSA
+from flask import Flask
+
+from acceptance.kit import Answer, Trader, wait_for
+from httptrading import InstanceSettings, Window, create_app
+from httptrading.brokers.futu import Futu
+from simulators.exchange import Exchange, FaultKind
+from simulators.opend import OpenD
+
+PIN_MD5 = hashlib.md5(b"123456").hexdigest()
+TOKEN = "futuServiceToken{:02}"
+ORDER = {
+    "tradeType": "Securities",
+    "ticker": "AAPL",
+    "region": "US",
+    "price": Decimal("12.34"),
+    "qty": 12,
+    "orderType": "Limit",
+    "timeInForce": "DAY",
+    "lifecycle": "RTH",
+    "direction": "BUY",
+}
+
+
+def instance(opend: OpenD, number: int = 1, **changes: Any) -> InstanceSettings:
+    arguments = {"host": "127.0.0.1", "port": opend.port, "trade_env": "REAL"}
+    arguments |= changes.pop("arguments", {})
+    broker = Futu(arguments, f"FutuService{number:05}", [TOKEN.format(number)])
+    return InstanceSettings(broker=broker, **changes)
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., list[Callable[[], Trader]]]]:
+    """Starts a service with these instances; for each a function that makes its clients."""
+    apps: list[Flask] = []
+
+    def serve(*instances: InstanceSettings) -> list[Callable[[], Trader]]:
+        app = create_app(brokers=instances, data_dir=tmp_path / "data")
+        apps.append(app)
+        return [
+            partial(Trader, app, one.broker.instance_id, one.broker.tokens[0]) for one in instances
+        ]
+
+    yield serve
+    for app in apps:
+        app.extensions["httptrading"].close()
+
+
+@pytest.fixture
+def exchange() -> Exchange:
+    return Exchange()
+
+
+@pytest.fixture
+def opend(exchange: Exchange) -> Iterator[OpenD]:
+    with OpenD(exchange, enforce_limits=True) as opend:
+        yield opend
+
+
+def connected(trader: Trader) -> Trader:
+    wait_for(lambda: trader.cash().ok, "OpenD to be connected")
+    return trader
+
+
+def at_once(count: int, call: Callable[[int], Answer]) -> list[Answer]:
+    start = threading.Barrier(count)
+
+    def begin(number: int) -> Answer:
+        start.wait(20)
+        return call(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(begin, range(count)))
+
+
+# --- limits ---------------------------------------------------------------------------------
+def test_fifteen_orders_in_30_s_and_the_next_is_told_when(
+    opend: OpenD, exchange: Exchange, serve: Callable[..., Any]
+) -> None:
+    (client,) = serve(instance(opend))
+    connected(client())
+    first = at_once(10, lambda _: client().place(ORDER))
+    assert all(answer.ok for answer in first), first
+    rest = at_once(8, lambda _: client().place(ORDER, timeout=5))
+    assert sorted(answer.code for answer in rest) == [""] * 5 + ["RATE_LIMITED"] * 3
+    for answer in rest:
+        if not answer.ok:
+            assert answer.status == 429
+            assert answer.seconds < 5, "told at once, not parked"
+            assert 20 <= int(answer.headers["Retry-After"]) <= 31
+    assert len(exchange.received("place")) == len(exchange.orders) == 15
+    assert exchange.least_gap(["place"]) >= 0.02
+    assert opend.violations == []
+    assert exchange.received("orders") == [] or len(exchange.received("orders")) <= 2
+
+
+def test_an_order_that_can_wait_for_its_slot_is_served(
+    opend: OpenD, exchange: Exchange, serve: Callable[..., Any]
+) -> None:
+    opend.limits["place"] = (15, 3.0, 0.02, "频率太高")
+    (client,) = serve(instance(opend, windows={"place": Window(15, 3.0, gap=0.02)}))
+    connected(client())
+    answers = at_once(20, lambda _: client().place(ORDER, timeout=20))
+    assert all(answer.ok for answer in answers), answers
+    assert exchange.most_in(3.0, ["place"]) <= 15
+    assert opend.violations == []
+
+
+def test_cancels_keep_their_own_window_and_gap(
+    opend: OpenD, exchange: Exchange, serve: Callable[..., Any]
+) -> None:
+    (client,) = serve(instance(opend))
+    connected(client())
+    placed = [answer["orderId"] for answer in at_once(15, lambda _: client().place(ORDER))]
+    assert client().place(ORDER, timeout=1).status == 429
+    cancelled = at_once(15, lambda number: client().cancel(placed[number]))
+    assert all(answer.ok for answer in cancelled), cancelled
+    assert exchange.least_gap(["cancel"]) >= 0.04
+    assert all(order.status.is_final for order in exchange.orders.values())
+    assert opend.violations == []
+
+
+def test_the_order_repeated_after_unlocking_is_counted(
+    opend: OpenD, exchange: Exchange, serve: Callable[..., Any]
+) -> None:
+    opend.locked = True
+    (client,) = serve(instance(opend, arguments={"unlock_pin": PIN_MD5}))
+    connected(client())
+    answers = [client().place(ORDER, timeout=2) for _ in range(15)]
+    assert [answer.code for answer in answers] == [""] * 14 + ["RATE_LIMITED"]
+    assert len(exchange.received("place")) == 15
+    assert len(exchange.orders) == 14
+    assert len(exchange.received("unlock")) == 1
+    assert opend.violations == []
+
+
+def test_polling_is_never_held_back(
+    opend: OpenD, exchange: Exchange, serve: Callable[..., Any]
+) -> None:
+    """Only refreshed lists count at OpenD (10 in 30 s); its memory answers the rest."""
+    (client,) = serve(instance(opend))
+    trader = connected(client())
+    order_id = trader.placed(ORDER)
+    for _ in range(30):
+        assert trader.cash().ok and trader.positions().ok and trader.state(order_id).ok
+    assert opend.violations == []
+    assert len(exchange.received("cash")) >= 30, "none of it came from the gateway's memory"
+
+
+# --- several instances ------------------------------------------------------------------------
+def test_encrypted_and_plain_in_one_service(
+    tmp_path: Path, opend: OpenD, exchange: Exchange, serve: Callable[..., Any]
+) -> None:
+    keys = [tmp_path / "one.pem", tmp_path / "two.pem"]
+    for key in keys:
+        key.write_bytes(RSA.generate(1024).export_key())
+    others = [Exchange(), Exchange()]
+    with (
+        OpenD(others[0], rsa_key=keys[0]) as first,
+        OpenD(others[1], rsa_key=keys[1]) as second,
+    ):
+        clients = serve(
+            instance(opend),
+            instance(first, 2, arguments={"pk_path": str(keys[0])}),
+            instance(second, 3, arguments={"pk_path": str(keys[1])}),
+        )
+        for _ in range(2):
+            for client, there in zip(clients, (exchange, *others), strict=True):
+                connected(client())
+                assert client().placed(ORDER) in there.orders
+        assert [len(there.orders) for there in (exchange, *others)] == [2, 2, 2]
+
+
+def test_a_key_for_an_opend_without_one_is_explained(
+    tmp_path: Path, opend: OpenD, serve: Callable[..., Any]
+) -> None:
+    key = tmp_path / "key.pem"
+    key.write_bytes(RSA.generate(1024).export_key())
+    (client,) = serve(instance(opend, arguments={"pk_path": str(key)}))
+    answer = wait_for(
+        lambda: (lambda a: a if "pk_path" in str(a["ex"]) else None)(client().cash(timeout=5)),
+        "the reason to be shown",
+    )
+    assert answer.status == 503
+
+
+def test_a_deaf_opend_is_nobody_elses_business(
+    opend: OpenD, exchange: Exchange, serve: Callable[..., Any]
+) -> None:
+    with OpenD(Exchange()) as deaf:
+        stuck, well = serve(instance(deaf), instance(opend, 2))
+        order_id = connected(stuck()).placed(ORDER)
+        connected(well())
+        deaf.deaf = True
+        reads = {
+            "cash": lambda: stuck().cash(timeout=2),
+            "positions": lambda: stuck().positions(timeout=2),
+            "quote": lambda: stuck().quote("US", "AAPL", timeout=2),
+            "order": lambda: stuck().state(order_id, timeout=2),
+            "place": lambda: stuck().place(ORDER, timeout=2),
+            "cancel": lambda: stuck().cancel(order_id, timeout=2),
+        }
+        with ThreadPoolExecutor(8) as pool:
+            waiting = {name: pool.submit(read) for name, read in reads.items()}
+            # One order after the other, each within a deadline the deaf one has no part in.
+            for _ in range(10):
+                assert well().place(ORDER, timeout=2).ok
+            answers = {name: future.result(30) for name, future in waiting.items()}
+        for name, answer in answers.items():
+            assert answer.status in (503, 504), (name, answer)
+            assert answer.seconds < 2 + 5, (name, answer)
+        deaf.deaf = False
+        connected(stuck())
+        assert len(exchange.orders) == 10
+
+
+def test_a_stuck_quote_does_not_delay_a_cancel(
+    opend: OpenD, exchange: Exchange, serve: Callable[..., Any]
+) -> None:
+    (client,) = serve(instance(opend))
+    order_id = connected(client()).placed(ORDER)
+    exchange.quote("US", "AAPL")
+    wait_for(lambda: client().quote("US", "AAPL").ok, "quotes")
+    exchange.fault("quote", FaultKind.HANG)
+    with ThreadPoolExecutor(1) as pool:
+        quote = pool.submit(lambda: client().quote("US", "AAPL", timeout=3))
+        exchange.wait_for(lambda: len(exchange.received("quote")) == 2)
+        assert client().cancel(order_id, timeout=2).ok
+        assert not quote.done()
+        assert quote.result(30).code == "TIMEOUT"
+
+
+# --- life -------------------------------------------------------------------------------------
+def test_opend_restarts_and_trading_is_locked_again(
+    opend: OpenD, exchange: Exchange, serve: Callable[..., Any]
+) -> None:
+    (client,) = serve(instance(opend, arguments={"unlock_pin": PIN_MD5}))
+    order_id = connected(client()).placed(ORDER)
+    with opend.stopped():
+        wait_for(lambda: client().cash(timeout=1).status == 503, "the loss to be noticed")
+        exchange.fill(order_id, 12, "12.30")
+    opend.locked = True
+    wait_for(lambda: client().place(ORDER).ok, "trading to work again", patience=10)
+    client().wait_order(order_id, isFilled=True)
+    assert len(exchange.received("unlock")) == 1
+
+
+def test_logged_out_and_in_again(
+    opend: OpenD, exchange: Exchange, serve: Callable[..., Any]
+) -> None:
+    (client,) = serve(instance(opend))
+    trader = connected(client())
+    assert trader.ping()["pong"] is True
+    opend.log_out()
+    answer = wait_for(
+        lambda: (lambda a: a if "not logged in" in str(a["ex"]) else None)(trader.cash(timeout=2)),
+        "the reason to be shown",
+    )
+    assert (answer.status, answer.code) == (503, "BROKER_UNAVAILABLE")
+    key = "while-logged-out"
+    assert trader.place(ORDER, key=key).code == "BROKER_UNAVAILABLE"
+    ping = trader.ping()
+    assert ping.code == "BROKER_UNAVAILABLE" or ping["pong"] is False, ping
+    opend.log_in()
+    wait_for(lambda: trader.place(ORDER, key=key).ok, "trading to work again", patience=10)
+    assert len(exchange.orders) == 1
+
+
+def test_an_order_taken_before_the_cut_settles_by_itself(
+    opend: OpenD, exchange: Exchange, serve: Callable[..., Any]
+) -> None:
+    (client,) = serve(instance(opend))
+    connected(client())
+    exchange.fault("place", FaultKind.ACCEPT_THEN_CUT)
+    answer = client().place(ORDER, key="cut-short")
+    assert (answer.status, answer.code) == (504, "OUTCOME_UNKNOWN")
+    assert answer.error["clientOrderId"] == "cut-short"
+    (order_id,) = exchange.orders
+    exchange.fill(order_id, 12, "12.30")
+    node = wait_for(
+        lambda: (lambda a: a["order"] if a.ok else None)(client().state(key="cut-short")),
+        "the outcome",
+    )
+    assert (node["orderId"], node["isFilled"]) == (order_id, True)
+    assert len(exchange.received("place")) == 1
+
+
+def test_threads_do_not_pile_up(
+    opend: OpenD, exchange: Exchange, serve: Callable[..., Any]
+) -> None:
+    (client,) = serve(instance(opend))
+    connected(client())
+    wait_for(lambda: client().market().ok, "the quote connection")
+    before = threading.active_count()
+    for _ in range(3):
+        opend.cut()
+        connected(client())
+        wait_for(lambda: client().market().ok, "the quote connection")
+    wait_for(lambda: threading.active_count() <= before, "threads of old connections to end")
