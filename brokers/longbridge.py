@@ -82,6 +82,8 @@ ADDRESSES = {
 }
 """The SDK's own defaults (rust/src/config.rs); `.cn` where LONGPORT_REGION is CN, else `.com`."""
 
+ARGUMENTS = {"app_key", "app_secret", "token_file", "auto_refresh_token", *ADDRESSES}
+
 TOKEN_CODES = {401001, 401002, 401003, 401004}
 ACCESS_CODES = {
     403201: "the signature is wrong: check app_secret, and this machine's clock",
@@ -94,6 +96,10 @@ UNKNOWN_QUOTE_RATE_CODE = 301606
 
 GAP = 0.02
 """Seconds between two trade calls, at least (LongPort's documentation, "Rate Limit")."""
+
+CALLS_TO_CONNECT = 5
+"""Quote calls that the SDK makes by itself while it connects: the quote profile, and the trading
+days of four markets (rust/src/quote/core.rs)."""
 
 WATCH_SECONDS = 0.5
 RENEWAL_LOOK_SECONDS = 5.0
@@ -161,6 +167,12 @@ class LongBridge(BaseBroker):
     ) -> None:
         super().__init__(broker_args, instance_id, tokens)
         given = self.broker_args
+        unknown = sorted(set(given) - ARGUMENTS)
+        if unknown:
+            raise ValueError(
+                f"LongBridge has no argument {', '.join(map(repr, unknown))}; it has: "
+                + ", ".join(sorted(ARGUMENTS))
+            )
         missing = [name for name in ("app_key", "app_secret", "token_file") if not given.get(name)]
         if missing:
             raise ValueError(f"LongBridge needs {', '.join(missing)} in its arguments")
@@ -201,10 +213,16 @@ class LongBridge(BaseBroker):
             await self._get("/v1/socket/token")
             self._renewer = Renewer(self._file, self._app_key, self._rest_with, renews=self._renews)
             self._watch(self._renewer.look, RENEWAL_LOOK_SECONDS)
-        else:
+        elif self.connection == "quote":
             self._connect_sdk(token)
-            if self.connection == "push":
-                await self._report_today()
+            for _ in range(CALLS_TO_CONNECT):
+                await self._take("quote", patience=2.0)
+        else:
+            await self._take("trade", patience=5.0)
+            self._connect_sdk(token)
+            # What changed while no pushes came.
+            data = await self._get("/v1/trade/order/today")
+            self.report(*map(parse_order, data.get("orders") or ()))
         self._watch(lambda: self._look_at_token(token))
 
     def _rest_with(self, token: Token | None) -> LongPortRest:
@@ -269,12 +287,6 @@ class LongBridge(BaseBroker):
         # The SDK reconnects by itself without a word; what was pushed meanwhile is lost.
         if socket_at(socket[0]) != socket:
             self.lost("The connection for LongBridge's order pushes broke")
-
-    async def _report_today(self) -> None:
-        """What changed while no pushes came."""
-        await self._take("trade", patience=5.0)
-        data = await self._get("/v1/trade/order/today")
-        self.report(*map(parse_order, data.get("orders") or ()))
 
     def _on_order_changed(self, event: Any) -> None:
         """On a thread of the SDK, which swallows whatever is raised here."""

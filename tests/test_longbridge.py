@@ -1,15 +1,32 @@
 """LongBridge over the wire: the real SDK and our REST against a simulated LongPort."""
 
+import base64
+import json
+import os
+import signal
+import stat
 import time
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 
 from acceptance.cases import BrokerAcceptance, FaultAcceptance, PushAcceptance
-from acceptance.kit import Subject
+from acceptance.kit import Answer, Subject, Trader, wait_for
+from httptrading import create_app
+from httptrading.brokers.base import BaseBroker, Combination, Window
 from httptrading.brokers.longbridge import LongBridge
-from simulators.exchange import Exchange
+from httptrading.brokers.longbridge_token import read_token, replace_file
+from httptrading.brokers.paper import Paper
+from httptrading.model import OrderType
+from simulators.exchange import Exchange, FaultKind
 from simulators.longport import LongPort
 
 
@@ -43,6 +60,12 @@ def broker(server: LongPort, folder: Path, **changes: object) -> LongBridge:
     return LongBridge(arguments | changes)
 
 
+def jwt(**claims: object) -> str:
+    """A token as LongPort makes them, unsigned."""
+    parts = [base64.urlsafe_b64encode(json.dumps(part).encode()) for part in ({}, claims)]
+    return f"m_{parts[0].decode().rstrip('=')}.{parts[1].decode().rstrip('=')}.sign"
+
+
 class TestAcceptance(BrokerAcceptance, FaultAcceptance, PushAcceptance):
     """The kit's cases."""
 
@@ -56,3 +79,598 @@ class TestAcceptance(BrokerAcceptance, FaultAcceptance, PushAcceptance):
             Subject(broker(server, folder), folder / "data", exchange, server) as subject,
         ):
             yield subject
+
+
+# --- life ---------------------------------------------------------------------------------------
+ORDER = {
+    "tradeType": "Securities",
+    "ticker": "AAPL",
+    "region": "US",
+    "price": Decimal("12.34"),
+    "qty": 12,
+    "orderType": "Limit",
+    "timeInForce": "DAY",
+    "lifecycle": "ETH",
+    "direction": "BUY",
+}
+
+
+class Desk:
+    """A running app with LongBridge instances and, at the end, one paper instance.
+
+    Unless `limits`, the rate windows are wide, so that looking again and again costs nothing.
+    """
+
+    def __init__(self, data_dir: Path, *brokers: BaseBroker, limits: bool = False) -> None:
+        self.brokers = [*brokers, Paper({})]
+        for number, each in enumerate(self.brokers):
+            if not limits:
+                vars(each)["windows"] = {name: Window(10_000, 1.0) for name in each.windows}
+            each.instance_id = f"LongBridgeDesk{number:04d}"
+            each.tokens = [f"longBridgeToken{number:04d}"]
+            vars(each).setdefault("listing_delay", 0.2)
+        self.app = create_app(brokers=self.brokers, data_dir=data_dir)
+
+    def trader(self, number: int = 0) -> Trader:
+        each = self.brokers[number]
+        return Trader(self.app, each.instance_id, each.tokens[0])
+
+    def served(self, number: int = 0, *, quotes: bool = False) -> Trader:
+        """A trader whose instance serves reads."""
+        trader = self.trader(number)
+        wait_for(lambda: trader.cash().ok, "cash/state to be served")
+        if quotes:
+            wait_for(lambda: trader.quote("US", "AAPL").ok, "market/quote to be served")
+        return trader
+
+    def child(self, connection: str, number: int = 0) -> int | None:
+        """The process id of an instance's child."""
+        gateway = self.app.extensions["httptrading"]
+        instance = gateway.instance(self.brokers[number].instance_id)
+        lane = instance.workers[connection]._lane
+        pid = lane._backend.pid if lane is not None else None
+        assert pid is None or isinstance(pid, int)
+        return pid
+
+    def __enter__(self) -> "Desk":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.app.extensions["httptrading"].close()
+
+
+@pytest.fixture
+def exchange() -> Exchange:
+    found = Exchange()
+    found.quote("US", "AAPL")
+    return found
+
+
+@pytest.fixture
+def server(exchange: Exchange) -> Iterator[LongPort]:
+    with LongPort(exchange) as server:
+        yield server
+
+
+def at_once(works: list[Callable[[], Answer]]) -> list[Answer]:
+    """Runs all of them at the same time."""
+    with ThreadPoolExecutor(len(works)) as pool:
+        return [future.result() for future in [pool.submit(work) for work in works]]
+
+
+class TestWire:
+    """What the simulator's record shows."""
+
+    @pytest.mark.parametrize(
+        "combination", sorted(LongBridge.combinations, key=str), ids=lambda one: str(one)
+    )
+    def test_every_field_of_every_kind_of_order(
+        self, wire: tuple[Desk, Exchange], combination: Combination
+    ) -> None:
+        desk, exchange = wire
+        order = ORDER | {
+            "region": combination.region,
+            "ticker": {"US": "BRK.B", "HK": "00700"}[combination.region],
+            "orderType": combination.order_type.name,
+            "timeInForce": combination.time_in_force.name,
+            "lifecycle": combination.lifecycle.name,
+            "direction": "SELL",
+            "price": Decimal("200.005"),
+        }
+        if combination.order_type is OrderType.Market:
+            del order["price"]
+        before = len(exchange.received("place"))
+        answer = desk.trader().place(order)
+        assert answer.ok, answer
+        [request] = exchange.received("place")[before:]
+        expected = {
+            "symbol": {"US": "BRK.B.US", "HK": "700.HK"}[combination.region],
+            "order_type": {"Limit": "LO", "Market": "MO"}[combination.order_type.name],
+            "side": "Sell",
+            "submitted_quantity": "12",
+            "time_in_force": {"DAY": "Day", "GTC": "GTC"}[combination.time_in_force.name],
+            "path": "/v1/trade/order",
+            "authorization": "token-1",
+        }
+        if combination.order_type is OrderType.Limit:
+            expected["submitted_price"] = "200.005"
+        if combination.region == "US":
+            sessions = {"RTH": "RTH_ONLY", "ETH": "ANY_TIME", "OVERNIGHT": "OVERNIGHT"}
+            expected["outside_rth"] = sessions[combination.lifecycle.name]
+        mark = request.fields["remark"]
+        assert request.fields == expected | {"remark": mark}
+        assert mark and len(mark) <= 24
+        assert exchange.by_mark(mark)[0].order_id == answer["orderId"]
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"region": "CN", "ticker": "600519"},
+            {"region": "HK", "ticker": "00700", "lifecycle": "ETH"},
+            {"orderType": "Market", "price": None, "lifecycle": "OVERNIGHT"},
+            {"orderType": "Market", "price": None, "timeInForce": "GTC", "lifecycle": "RTH"},
+        ],
+    )
+    def test_impossible_orders_are_not_sent(
+        self, wire: tuple[Desk, Exchange], changes: dict[str, Any]
+    ) -> None:
+        desk, exchange = wire
+        before = len(exchange.received("place"))
+        order = {name: value for name, value in (ORDER | changes).items() if value is not None}
+        answer = desk.trader().place(order)
+        assert (answer.status, answer.code) == (422, "UNSUPPORTED")
+        assert "It takes: " in answer["ex"]
+        assert len(exchange.received("place")) == before
+
+    def test_quotes(self, wire: tuple[Desk, Exchange], wire_server: LongPort) -> None:
+        desk, exchange = wire
+        trader = desk.served(quotes=True)
+        for region, ticker, symbol, currency in (
+            ("CN", "000001", "000001.SZ", "CNY"),
+            ("CN", "900901", "900901.SH", "USD"),
+            ("HK", "80700", "80700.HK", "CNY"),
+            ("HK", "00700", "700.HK", "HKD"),
+            ("US", "BRK.B", "BRK.B.US", "USD"),
+        ):
+            exchange.quote(region, ticker, latest=Decimal("11.53"), epoch=1748409918.0)
+            if currency == "CNY":
+                wire_server.static_currencies[symbol] = "CNY"
+            node = trader.quote(region, ticker)["quote"]
+            assert (node["currency"], node["latest"]) == (currency, Decimal("11.53"))
+            assert node["timestamp"] == 1748409918000
+            assert exchange.received("quote")[-1].fields == {"symbols": [symbol]}
+        for status in range(1, 11):
+            wire_server.trade_statuses["000001.SZ"] = status
+            assert trader.quote("CN", "000001")["quote"]["isTradable"] is False
+        for ticker in ("920819", "700001"):
+            assert trader.quote("CN", ticker).code in ("INVALID_REQUEST", "UNSUPPORTED")
+        for region, ticker in (("US", "NONE"), ("HK", "09999")):
+            answer = trader.quote(region, ticker)
+            assert (answer.status, answer.code) == (422, "BROKER_REJECTED")
+
+    def test_market_state_by_codes_or_sessions(
+        self, wire: tuple[Desk, Exchange], wire_server: LongPort
+    ) -> None:
+        desk, _ = wire
+        trader = desk.served(quotes=True)
+        nodes = trader.market()["marketStatus"]["securities"]
+        assert set(nodes) == {"US", "HK", "CN"}
+        today = datetime.now(ZoneInfo("Asia/Shanghai")).weekday()
+        if today >= 5:
+            assert nodes["CN"]["unifiedStatus"] == "CLOSED"
+        wire_server.market_codes = {"US": 207, "HK": 106, "CN": 105}
+        os.kill(desk.child("quote") or 0, signal.SIGKILL)  # it had seen that there are no codes
+
+        def look() -> dict[str, Any] | None:
+            answer = trader.market()
+            return answer["marketStatus"]["securities"] if answer.ok else None
+
+        nodes = wait_for(look, "market/state to be served again")
+        found = {region: (n["originStatus"], n["unifiedStatus"]) for region, n in nodes.items()}
+        assert found == {
+            "US": ("US_NIGHT", "OVERNIGHT"),
+            "HK": ("NOON_CLOSING", "REST"),
+            "CN": ("TRADING", "RTH"),
+        }
+        wire_server.market_codes = None
+
+    def test_wait_to_cancel_and_partial_withdrawal(
+        self, wire: tuple[Desk, Exchange], wire_server: LongPort
+    ) -> None:
+        desk, exchange = wire
+        trader = desk.served()
+        order_id = trader.placed(ORDER)
+        exchange.fill(order_id, 5, "12.30")
+        wire_server.hold_cancels = True
+        assert trader.cancel(order_id).ok
+        node = trader.order(order_id)
+        assert (node["isCanceled"], node["isCompleted"], node["filledQty"]) == (False, False, 5)
+        assert trader.cancel(order_id).ok or trader.cancel(order_id).status == 422
+        exchange.cancel(order_id)
+        node = trader.wait_order(order_id, isCanceled=True)
+        assert (node["filledQty"], node["isFilled"], node["errorReason"]) == (5, False, "")
+        wire_server.hold_cancels = False
+        again = trader.cancel(order_id)
+        assert (again.status, again.code) == (422, "BROKER_REJECTED")
+        expired = trader.placed(ORDER)
+        exchange.expire(expired, "the day is over")
+        node = trader.wait_order(expired, isCompleted=True)
+        assert node["errorReason"] == "the day is over"
+
+    @pytest.fixture(scope="class")
+    def wire_server(self) -> Iterator[LongPort]:
+        exchange = Exchange()
+        exchange.quote("US", "AAPL")
+        with LongPort(exchange) as server:
+            yield server
+
+    @pytest.fixture(scope="class")
+    def wire(
+        self, tmp_path_factory: pytest.TempPathFactory, wire_server: LongPort
+    ) -> Iterator[tuple[Desk, Exchange]]:
+        folder = tmp_path_factory.mktemp("wire")
+        token_file(folder)
+        with Desk(folder / "data", broker(wire_server, folder)) as desk:
+            desk.served()
+            yield desk, wire_server.exchange
+
+
+class TestLimits:
+    """What LongPort allows goes through at once, what it forbids never reaches it."""
+
+    TRADE = ("place", "cancel", "order", "orders", "fills", "cash", "positions")
+
+    def test_ten_orders_at_once(self, exchange: Exchange, server: LongPort, tmp_path: Path) -> None:
+        token_file(tmp_path)
+        with Desk(tmp_path / "data", broker(server, tmp_path), limits=True) as desk:
+            desk.served()
+            began = time.monotonic()
+            answers = at_once([partial(desk.trader().place, ORDER) for _ in range(10)])
+            seconds = time.monotonic() - began
+        assert all(answer.ok for answer in answers), answers
+        assert len(exchange.received("place")) == 10
+        assert exchange.least_gap(["place"]) >= 0.0199
+        print(f"10 orders at once: {seconds:.3f} s")
+        assert seconds < 5, "0.5 s on an idle machine"
+
+    def test_thirty_trade_calls_in_thirty_seconds(
+        self, exchange: Exchange, server: LongPort, tmp_path: Path
+    ) -> None:
+        token_file(tmp_path)
+        with Desk(tmp_path / "data", broker(server, tmp_path), limits=True) as desk:
+            trader = desk.served()
+            order_id = trader.placed(ORDER)
+            answers = at_once([partial(desk.trader().place, ORDER) for _ in range(40)])
+            refused = [answer for answer in answers if not answer.ok]
+            assert {(answer.status, answer.code) for answer in refused} == {(429, "RATE_LIMITED")}
+            assert all(int(answer.headers["Retry-After"]) >= 1 for answer in refused)
+            assert len(refused) >= 12
+            assert trader.cancel(order_id).ok, "slots are kept for cancels"
+        assert 25 <= exchange.most_in(30, self.TRADE) <= 30
+
+    def test_ten_quotes_a_second(
+        self, exchange: Exchange, server: LongPort, tmp_path: Path
+    ) -> None:
+        token_file(tmp_path)
+        server.quote_rate = (100, 100)  # the SDK's own limiter stays out of the way
+        tickers = [f"AA{letter}" for letter in "ABCDEFGHIJKLMNOPQRST"]
+        for ticker in tickers:
+            exchange.quote("US", ticker)
+        with Desk(tmp_path / "data", broker(server, tmp_path), limits=True) as desk:
+            desk.served(quotes=True)
+            works = [partial(desk.trader().quote, "US", ticker) for ticker in tickers]
+            answers = at_once(works)
+        assert all(answer.ok for answer in answers), answers
+        assert exchange.most_in(1, ["quote", "static", "days", "market"]) <= 10
+
+    @pytest.mark.parametrize("text", ["bare", "json"])
+    def test_both_forms_of_429(
+        self, exchange: Exchange, server: LongPort, tmp_path: Path, text: str
+    ) -> None:
+        token_file(tmp_path)
+        with Desk(tmp_path / "data", broker(server, tmp_path), limits=True) as desk:
+            trader = desk.served()
+            for operation, ask in (
+                ("place", partial(trader.place, ORDER, key="limited")),
+                ("positions", trader.positions),
+            ):
+                before = len(exchange.received(operation))
+                exchange.fault(operation, FaultKind.RATE_LIMIT, text=text)
+                answer = ask()
+                assert (answer.status, answer.code) == (429, "RATE_LIMITED"), answer
+                assert len(exchange.received(operation)) == before + 1
+            assert trader.place(ORDER, key="limited").ok
+        assert len(exchange.orders) == 1
+
+
+class TestToken:
+    """The token file's life."""
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            (None, "does not exist"),
+            ("token =", "is not TOML"),
+            ('token = "token-1"\nexpiry = 2020-01-01T00:00:00Z\n', "expired at 2020-01-01"),
+            (f'token = "{jwt(ak="other")}"\nexpiry = 2099-01-01\n', "another LongBridge app key"),
+            ('token = "unknown"\nexpiry = 2099-01-01\n', "no longer accepts the token"),
+        ],
+    )
+    def test_a_bad_file_is_said_and_a_repaired_one_taken(
+        self, server: LongPort, tmp_path: Path, text: str | None, words: str
+    ) -> None:
+        path = tmp_path / "token.toml"
+        if text is not None:
+            path.write_text(text)
+        with Desk(tmp_path / "data", broker(server, tmp_path)) as desk:
+            trader = desk.trader()
+
+            def refused() -> Answer | None:
+                answer = trader.cash(timeout=5)
+                return answer if words in str(answer["ex"]) else None
+
+            answer = wait_for(refused, words)
+            assert (answer.status, answer.code) == (503, "BROKER_UNAVAILABLE")
+            assert "m_" not in answer["ex"]
+            assert trader.ping()["pong"] is False
+            assert desk.trader(-1).cash().ok, "the other instance does not mind"
+            token_file(tmp_path)
+            desk.served(quotes=True)
+            assert trader.ping()["pong"] is True
+            if text is not None:
+                replace_file(path, text)
+                wait_for(refused, f"{words} again")
+            else:
+                path.unlink()
+                wait_for(refused, "the missing file to be noticed")
+            token_file(tmp_path)
+            desk.served(quotes=True)
+
+    def test_it_is_renewed_once_by_all_who_share_it(
+        self, exchange: Exchange, server: LongPort, tmp_path: Path
+    ) -> None:
+        path = token_file(tmp_path, seconds=3600)
+        path.chmod(0o640)
+        server.grant_seconds = 30 * 86400  # less than what was asked for
+        both = [broker(server, tmp_path, auto_refresh_token=True) for _ in range(2)]
+        with Desk(tmp_path / "data", *both) as desk:
+            for number in range(2):
+                desk.served(number, quotes=True)
+            exchange.wait_for(lambda: exchange.received("refresh"))
+            wait_for(lambda: read_token(path, "app-key").text != "token-1", "the new token on disk")
+            token = read_token(path, "app-key")
+            assert list(server.tokens) == [token.text]
+            assert abs(token.expiry - server.tokens[token.text]) <= 1, "the end that was granted"
+            assert tomllib.loads(path.read_text())["note"] == "kept"
+            assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+            def all_new() -> bool:
+                latest = {
+                    operation: exchange.received(operation)[-1].fields["authorization"]
+                    for operation in ("otp", "cash")
+                }
+                return set(latest.values()) == {token.text} and (
+                    len(server.connected("quote")) == len(server.connected("trade")) == 2
+                )
+
+            for number in range(2):
+                desk.served(number, quotes=True)
+            wait_for(all_new, "every connection with the new token")
+            assert desk.trader().place(ORDER).ok
+        assert len(exchange.received("refresh")) == 1
+
+    @pytest.mark.parametrize(
+        ("kind", "dead"),
+        [
+            (FaultKind.REFUSE, False),
+            (FaultKind.RATE_LIMIT, False),
+            (FaultKind.HANG, False),
+            (FaultKind.CUT, False),
+            (FaultKind.GARBAGE, False),
+            (FaultKind.ACCEPT_THEN_CUT, True),
+        ],
+    )
+    def test_a_failing_renewal_stops_nothing_while_the_old_token_lives(
+        self, exchange: Exchange, server: LongPort, tmp_path: Path, kind: FaultKind, dead: bool
+    ) -> None:
+        path = token_file(tmp_path, seconds=3600)
+        exchange.fault("refresh", kind)
+        each = broker(server, tmp_path, auto_refresh_token=True)
+        with Desk(tmp_path / "data", each) as desk:
+            trader = desk.trader()
+            trader.ping()  # the gateway starts with the first request
+            exchange.wait_for(lambda: exchange.received("refresh"))
+            if not dead:
+                assert desk.served().place(ORDER).ok
+                assert read_token(path, "app-key").text == "token-1"
+            else:
+                found = wait_for(
+                    lambda: (lambda a: a if "no longer accepts" in str(a["ex"]) else None)(
+                        trader.cash()
+                    ),
+                    "the dead token to be said",
+                )
+                assert found.code == "BROKER_UNAVAILABLE"
+                token_file(tmp_path, token=next(iter(server.tokens)))
+                assert desk.served().place(ORDER).ok
+            assert trader.cash().ok
+        assert len(exchange.received("refresh")) == 1, "no storm"
+
+    def test_nothing_is_renewed_unasked(
+        self, exchange: Exchange, server: LongPort, tmp_path: Path
+    ) -> None:
+        token_file(tmp_path, seconds=3600)
+        with Desk(tmp_path / "data", broker(server, tmp_path)) as desk:
+            desk.served(quotes=True)
+        assert not exchange.received("refresh")
+
+
+class TestLife:
+    """Silence, cuts, kills and limits of LongPort's side."""
+
+    def test_four_hanging_requests_hurt_nobody(
+        self, exchange: Exchange, server: LongPort, tmp_path: Path
+    ) -> None:
+        token_file(tmp_path)
+        with Desk(tmp_path / "data", broker(server, tmp_path)) as desk:
+            desk.served(quotes=True)
+            other = desk.served(-1)
+
+            def p99() -> float:
+                seconds = sorted(other.cash().seconds for _ in range(300))
+                return seconds[296]
+
+            calm = min(p99(), p99())
+            for operation in ("quote", "cash", "positions", "place"):
+                exchange.fault(operation, FaultKind.HANG)
+            works = [
+                partial(desk.trader().quote, "US", "AAPL", timeout=3),
+                partial(desk.trader().cash, timeout=3),
+                partial(desk.trader().positions, timeout=3),
+                partial(desk.trader().place, ORDER, timeout=3),
+            ]
+            with ThreadPoolExecutor(4) as pool:
+                futures = [pool.submit(work) for work in works]
+                exchange.wait_for(lambda: exchange.received("quote")[1:])
+                busy = min(p99(), p99())
+                answers = [future.result() for future in futures]
+            print(f"p99 of the other instance: {calm * 1000:.2f} ms, then {busy * 1000:.2f} ms")
+            for answer in answers:
+                assert answer.status in (504, 503) and answer.seconds < 3 + 3, answer
+            assert busy < calm + 0.05, "5 ms on an idle machine"
+            desk.served(quotes=True)
+
+    @pytest.mark.parametrize("connection", ["trade", "quote", "push"])
+    def test_a_killed_child_is_replaced(
+        self, exchange: Exchange, server: LongPort, tmp_path: Path, connection: str
+    ) -> None:
+        token_file(tmp_path)
+        with Desk(tmp_path / "data", broker(server, tmp_path)) as desk:
+            trader = desk.served(quotes=True)
+            pid = wait_for(lambda: desk.child(connection), "the child")
+            os.kill(pid, signal.SIGKILL)
+            desk.served(quotes=True)
+            order_id = trader.placed(ORDER)
+            wait_for(lambda: len(server.connected("trade")) == 1, "the push connection")
+            exchange.fill(order_id, 12, "12.30")
+            trader.wait_order(order_id, isFilled=True)
+
+    @pytest.mark.parametrize("kind", [FaultKind.HANG, FaultKind.ACCEPT_THEN_HANG])
+    def test_killed_with_an_order_in_flight(
+        self, exchange: Exchange, server: LongPort, tmp_path: Path, kind: FaultKind
+    ) -> None:
+        token_file(tmp_path)
+        with Desk(tmp_path / "data", broker(server, tmp_path)) as desk:
+            trader = desk.served()
+            exchange.fault("place", kind)
+            with ThreadPoolExecutor(1) as pool:
+                placing = pool.submit(partial(desk.trader().place, ORDER, key="in-flight"))
+                exchange.wait_for(lambda: exchange.received("place"))
+                os.kill(desk.child("trade") or 0, signal.SIGKILL)
+                answer = placing.result()
+            assert (answer.status, answer.code) == (504, "OUTCOME_UNKNOWN")
+
+            def settled() -> bool:
+                return trader.place(ORDER, key="in-flight").ok
+
+            wait_for(settled, "the order to be settled or placed")
+            assert trader.order(key="in-flight")["qty"] == 12
+        assert len(exchange.orders) == 1
+        assert len(exchange.received("place")) == (2 if kind is FaultKind.HANG else 1)
+
+    def test_silent_for_ever(self, exchange: Exchange, server: LongPort, tmp_path: Path) -> None:
+        token_file(tmp_path)
+        with Desk(tmp_path / "data", broker(server, tmp_path)) as desk:
+            trader = desk.served(quotes=True)
+            server.deaf = True
+            server.cut()
+            for ask in (trader.cash, partial(trader.quote, "US", "AAPL"), trader.market):
+                answer = ask(timeout=1)
+                assert answer.status in (503, 504) and answer.seconds < 6, answer
+            answer = trader.place(ORDER, key="silent", timeout=1)
+            assert answer.status in (503, 504) and answer.seconds < 6, answer
+            assert trader.ping(timeout=1).seconds < 6
+            server.deaf = False
+            server.cut()
+            desk.served(quotes=True)
+            wait_for(lambda: trader.place(ORDER, key="silent").ok, "the order to be placed")
+        assert len(exchange.orders) == 1
+
+    def test_no_connection_left(self, exchange: Exchange, server: LongPort, tmp_path: Path) -> None:
+        """Trading goes on without quotes and pushes, and nobody storms."""
+        token_file(tmp_path)
+        server.connection_limit = 0
+        with Desk(tmp_path / "data", broker(server, tmp_path)) as desk:
+            trader = desk.served()
+
+            def said() -> bool:
+                answer = trader.quote("US", "AAPL", timeout=1)
+                return "no further connection" in str(answer["ex"])
+
+            wait_for(said, "the limit to be said")
+            order_id = trader.placed(ORDER)
+            exchange.fill(order_id, 12, "12.30")
+            trader.wait_order(order_id, isFilled=True)
+            began = time.monotonic()
+            before = len(exchange.received("otp"))
+            exchange.wait_for(lambda: len(exchange.received("otp")) >= before + 4)
+            assert time.monotonic() - began > 1, "two connections, each at most every 2 s"
+            assert not server.connects
+            server.connection_limit = 10
+            desk.served(quotes=True)
+
+    def test_a_push_connection_that_broke_unseen(
+        self, exchange: Exchange, server: LongPort, tmp_path: Path
+    ) -> None:
+        """What happened meanwhile is known without asking LongPort again."""
+        token_file(tmp_path)
+        with Desk(tmp_path / "data", broker(server, tmp_path)) as desk:
+            trader = desk.served()
+            order_id = trader.placed(ORDER)
+            wait_for(lambda: server.connected("trade"), "the push connection")
+            exchange.wait_for(lambda: exchange.received("subscribe"))
+            server.deaf_kinds.add("trade")
+            server.cut("trade")
+            exchange.fill(order_id, 12, "12.30")
+            server.deaf_kinds.clear()
+            server.cut("trade")
+            exchange.wait_for(lambda: len(exchange.received("subscribe")) >= 2)
+            listed = len(exchange.received("orders"))
+            exchange.wait_for(lambda: len(exchange.received("orders")) > listed - 1)
+            exchange.fault("order", FaultKind.REFUSE, times=100)
+
+            def filled() -> bool:
+                nodes = trader.orders(status="closed")
+                return nodes.ok and order_id in [node["orderId"] for node in nodes["orders"]]
+
+            wait_for(filled, "the fill to be known")
+            connects = [kind for _, kind in server.connects]
+            assert connects.count("trade") <= 8, "no storm"
+
+    def test_refused_access_is_said(self, server: LongPort, tmp_path: Path) -> None:
+        token_file(tmp_path)
+        each = broker(server, tmp_path, app_secret="wrong")
+        with Desk(tmp_path / "data", each) as desk:
+            trader = desk.trader()
+            answer = wait_for(
+                lambda: (lambda a: a if "app_secret" in str(a["ex"]) else None)(
+                    trader.cash(timeout=5)
+                ),
+                "the wrong secret to be said",
+            )
+            assert answer.code == "BROKER_UNAVAILABLE"
+            assert "wrong" not in answer["ex"].replace("is wrong", "")
+
+
+def test_arguments_are_checked() -> None:
+    with pytest.raises(ValueError, match="needs app_secret, token_file"):
+        LongBridge({"app_key": "k"})
+    with pytest.raises(ValueError, match="no argument 'tokenfile'"):
+        LongBridge({"app_key": "k", "app_secret": "s", "tokenfile": "t"})
+
+
+def test_instances_of_one_account_share_their_limits(tmp_path: Path) -> None:
+    arguments = {"app_key": "k", "app_secret": "s", "token_file": str(tmp_path / "t.toml")}
+    one, other = LongBridge(arguments), LongBridge({**arguments, "auto_refresh_token": True})
+    assert one.account_key() == other.account_key()
+    assert one.account_key() != LongBridge({**arguments, "token_file": "/u.toml"}).account_key()
