@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -136,24 +137,28 @@ class Trader:
         return outcome, found
 
     def read(self) -> None:
-        while not self.stop.wait(self.random.uniform(0.005, 0.1)):
-            self.ask("GET", self.random.choice(READS))
+        with closing(self.client):
+            while not self.stop.wait(self.random.uniform(0.005, 0.1)):
+                self.ask("GET", self.random.choice(READS))
 
     def trade(self, prices: itertools.count[int]) -> None:
         """Places with keys, repeats with the same key while that is safe, cancels some."""
-        while not self.stop.wait(self.random.uniform(0.05, 0.4)):
-            number = next(prices)
-            sent = Sent(f"{self.member.name}-{number}", number % 50 + 1, Decimal(10000 + number))
-            with self.record.lock:
-                self.record.orders[self.member.name].append(sent)
-            for _ in range(4):
-                if self.place(sent) in ("OK", "BROKER_REJECTED"):
-                    break
-            if sent.answer.isdigit() and self.random.random() < 0.5:
-                outcome, found = self.ask("GET", f"order/state?orderId={sent.answer}")
-                if outcome == "OK" and found["order"]["orderId"] != sent.answer:
-                    self.record.problem(f"another order's state: {found}")
-                self.ask("POST", "order/cancel", {"orderId": sent.answer})
+        with closing(self.client):
+            while not self.stop.wait(self.random.uniform(0.05, 0.4)):
+                number = next(prices)
+                sent = Sent(
+                    f"{self.member.name}-{number}", number % 50 + 1, Decimal(10000 + number)
+                )
+                with self.record.lock:
+                    self.record.orders[self.member.name].append(sent)
+                for _ in range(4):
+                    if self.place(sent) in ("OK", "BROKER_REJECTED"):
+                        break
+                if sent.answer.isdigit() and self.random.random() < 0.5:
+                    outcome, found = self.ask("GET", f"order/state?orderId={sent.answer}")
+                    if outcome == "OK" and found["order"]["orderId"] != sent.answer:
+                        self.record.problem(f"another order's state: {found}")
+                    self.ask("POST", "order/cancel", {"orderId": sent.answer})
 
     def place(self, sent: Sent) -> str:
         body = {
@@ -314,9 +319,9 @@ def test_soak(tmp_path: Path, request: pytest.FixtureRequest) -> None:
             for member in members.values():
                 member.exchange.clear_faults()
             for member in members.values():
-                client = Client(service, member.instance_id, member.token)
-                wait_for(lambda c=client: pings(c), f"{member.name} to be back")
-                settle(client, member, record)
+                with closing(Client(service, member.instance_id, member.token)) as client:
+                    wait_for(lambda c=client: pings(c), f"{member.name} to be back")
+                    settle(client, member, record)
             after = wait_for(
                 lambda: calm(before, Footprint.of(service)), "the service to calm down"
             )
