@@ -16,6 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from acceptance.cases import BrokerAcceptance, FaultAcceptance, PushAcceptance
+from acceptance.kit import Answer, Subject, Trader, wait_for
+from httptrading import create_app
 from httptrading.brokers import tiger, tiger_http, tiger_push
 from httptrading.brokers import tiger_mapping as mapping
 from httptrading.brokers.base import combine
@@ -178,6 +181,28 @@ def place(broker: Any, **changes: Any) -> str:
         "client_order_id": "client-1",
     }
     return str(broker.place_order(**(order | changes)))
+
+
+# --- the acceptance kit -----------------------------------------------------------------------
+def subject_of(account: str, directory: Path) -> Iterator[Subject]:
+    exchange = Exchange()
+    with TigerGateway(exchange, accounts=(account,)) as gateway:
+        gateway.enforce_limits = False  # the kit loosens ours, too
+        broker = Tiger(arguments(gateway, directory, account))
+        with Subject(broker, directory / "data", exchange, gateway) as subject:
+            yield subject
+
+
+class TestTiger(BrokerAcceptance, FaultAcceptance, PushAcceptance):
+    @pytest.fixture(scope="class")
+    def subject(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
+        yield from subject_of(PRIME, tmp_path_factory.mktemp("tiger"))
+
+
+class TestTigerPaper(BrokerAcceptance):
+    @pytest.fixture(scope="class")
+    def subject(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
+        yield from subject_of(PAPER, tmp_path_factory.mktemp("tiger-paper"))
 
 
 # --- what is on the wire ----------------------------------------------------------------------
@@ -934,6 +959,124 @@ def test_a_gateway_of_ones_own_has_no_push_at_tiger(args: dict[str, Any]) -> Non
     without = {key: value for key, value in args.items() if not key.startswith("push")}
     with connected(without, "trade") as broker:
         assert broker._push is None
+
+
+# --- in the service ---------------------------------------------------------------------------
+INSTANCES = ("TigerInstance0001", "TigerInstance0002")
+TOKEN = "tigerServiceToken01"
+LIMIT_ORDER = {
+    "tradeType": "Securities",
+    "ticker": "AAPL",
+    "region": "US",
+    "price": 200.01,
+    "qty": 12,
+    "orderType": "Limit",
+    "timeInForce": "DAY",
+    "lifecycle": "RTH",
+    "direction": "BUY",
+}
+
+
+@contextmanager
+def service(
+    gateway: TigerGateway, directory: Path, *accounts: str, **changes: Any
+) -> Iterator[list[Trader]]:
+    """A running service with one instance per account, with Tiger's real limits; its clients."""
+    brokers = [
+        Tiger(arguments(gateway, directory, account) | changes, instance_id, [TOKEN])
+        for account, instance_id in zip(accounts, INSTANCES, strict=False)
+    ]
+    app = create_app(brokers=brokers, data_dir=directory / "data")
+    traders = [Trader(app, broker.instance_id, TOKEN) for broker in brokers]
+    try:
+        for trader in traders:
+            wait_for(lambda trader=trader: trader.ping().ok, "the connection to Tiger")
+        yield traders
+    finally:
+        app.extensions["httptrading"].close()
+
+
+def at_once(count: int, ask: Callable[[int], Answer]) -> list[Answer]:
+    """What `count` clients are answered who all ask at the same moment."""
+    answers: list[Answer] = []
+    start = threading.Barrier(count)
+
+    def client(number: int) -> None:
+        start.wait(20)
+        answers.append(ask(number))
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(40)
+    assert len(answers) == count
+    return answers
+
+
+def again(trader: Trader) -> Trader:
+    """The same client for another thread."""
+    return Trader(trader.client.application, trader.instance_id, trader.token)
+
+
+def test_ten_orders_at_once(gateway: TigerGateway, exchange: Exchange, tmp_path: Path) -> None:
+    with service(gateway, tmp_path, PRIME) as (trader,):
+        answers = at_once(10, lambda n: again(trader).place(LIMIT_ORDER, key=f"order-{n}"))
+        assert all(answer.ok for answer in answers), answers
+        assert len({answer["orderId"] for answer in answers}) == len(exchange.orders) == 10
+        # Half a second on an idle machine; a busy one gets a few more.
+        assert max(answer.seconds for answer in answers) < 5
+
+
+def test_never_more_calls_than_tiger_allows(
+    gateway: TigerGateway, exchange: Exchange, tmp_path: Path
+) -> None:
+    with service(gateway, tmp_path, PRIME, GLOBAL) as (prime, other):
+        order_id = prime.placed(LIMIT_ORDER)
+
+        def busy(number: int) -> Answer:
+            trader = again((prime, other)[number % 2])
+            if number < 40:
+                return trader.market(timeout=1)
+            if number < 180:
+                return trader.cash(timeout=1)
+            return trader.place(LIMIT_ORDER, timeout=1)
+
+        answers = at_once(280, busy)
+        assert {answer.status for answer in answers} <= {200, 429, 503}, answers
+        limited = [answer for answer in answers if answer.status == 429]
+        assert limited and all(int(one.headers["Retry-After"]) >= 1 for one in limited)
+        for limit, operations in ((120, HIGH), (60, MEDIUM), (10, LOW)):
+            assert 0.7 * limit < exchange.most_in(60, operations) <= limit, operations
+        assert prime.cancel(order_id).ok  # slots are kept for it
+        assert exchange.most_in(60, HIGH) <= 120
+
+
+def test_a_hanging_read_is_asked_once_and_keeps_no_order(
+    gateway: TigerGateway, exchange: Exchange, tmp_path: Path
+) -> None:
+    with service(gateway, tmp_path, PRIME, timeout=3) as (trader,):
+        for operation, read in (("positions", trader.positions), ("quote", None)):
+            exchange.fault(operation, FaultKind.HANG)
+            answer = (read or (lambda timeout: trader.quote("US", "AAPL", timeout=timeout)))(1)
+            assert (answer.status, answer.code) == (504, "TIMEOUT")
+            assert answer.seconds < 4
+            order_id = trader.placed(LIMIT_ORDER)
+            assert trader.cancel(order_id).ok
+            assert len(exchange.received(operation)) == 1
+
+
+def test_two_accounts_of_one_tiger_id_in_one_service(
+    gateway: TigerGateway, exchange: Exchange, tmp_path: Path
+) -> None:
+    with service(gateway, tmp_path, PRIME, PAPER) as traders:
+        exchange.wait_for(lambda: len(exchange.received("subscribe")) == 6)
+        assert len(exchange.received("connect")) == len(gateway.push_sessions) == 1
+        for trader in traders:
+            order_id = trader.placed(LIMIT_ORDER)
+            exchange.fill(order_id, 12, "200")
+            exchange.forget(order_id)  # only the push can tell
+            trader.wait_order(order_id, isFilled=True, filledQty=12)
 
 
 # --- pure functions ---------------------------------------------------------------------------

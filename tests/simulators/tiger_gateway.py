@@ -223,7 +223,6 @@ class TigerGateway:
         self._last_number = 1000
         self._last_id = 40139406481165312
         self._writers: set[asyncio.StreamWriter] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
@@ -307,25 +306,26 @@ class TigerGateway:
     async def _close(self, *servers: asyncio.Server) -> None:
         for server in servers:
             server.close()
+        # Connections that are just being accepted begin first, so that they can be ended as well.
+        for _ in range(5):
+            await asyncio.sleep(0)
         self._abort_all()
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        me = asyncio.current_task()
+        while tasks := [task for task in asyncio.all_tasks() if task is not me]:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._abort_all()
         await asyncio.sleep(0)  # lets the transports close their sockets
 
     def _track(self, serve: Callable[..., Any]) -> Callable[..., Any]:
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.current_task()
-            assert task is not None
-            self._tasks.add(task)
             self._writers.add(writer)
             try:
                 await serve(reader, writer)
             except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
                 pass  # the client went away, or the gateway stops
             finally:
-                self._tasks.discard(task)
                 self._writers.discard(writer)
                 writer.transport.abort()
 
