@@ -1,0 +1,384 @@
+"""`make bench`: measures everything that is promised, and writes `bench/RESULTS.md`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bench.load import Connection, p50, p99, paced, prepare, together
+from bench.peers import directly, simulators
+from httptrading.brokers.registry import broker_class
+from simulators.fleet import ROOT, Service, free_port
+
+PER_SECOND = 20.0
+SECONDS = 5.0
+UNLIMITED = 1_000_000
+PAPER = {"broker": "Paper", "id": "benchPaper0000001", "tokens": ["token-of-the-paper-bench"]}
+
+ROUTES = {
+    "ping": "ping/state",
+    "cash": "cash/state",
+    "positions": "position/state",
+    "quote": "market/quote?tradeType=Securities&region=US&ticker=AAPL",
+    "order": "order/state?orderId={order_id}",
+}
+
+Row = tuple[str, str, str, str]  # what, the figure, compared with, and the ratio or the bound
+
+
+def request_of(instance: Mapping[str, Any], method: str, route: str, body: Any = None) -> bytes:
+    return prepare(
+        method,
+        f"/httptrading/api/{instance['id']}/{route}",
+        body,
+        {"HT-TOKEN": instance["tokens"][0]},
+    )
+
+
+def order(number: int, key: str) -> dict[str, Any]:
+    return {
+        "tradeType": "Securities",
+        "ticker": "AAPL",
+        "region": "US",
+        "price": (10000 + number) / 100,
+        "qty": 1,
+        "orderType": "Limit",
+        "timeInForce": "DAY",
+        "lifecycle": "RTH",
+        "direction": "BUY",
+        "clientOrderId": f"{key}-{number}",
+    }
+
+
+@contextmanager
+def skeleton() -> Iterator[int]:
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench.skeleton", str(port)], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    try:
+        while True:
+            try:
+                Connection(port).close()
+                break
+            except OSError:
+                time.sleep(0.02)
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextmanager
+def service(instances: list[Mapping[str, Any]], **options: Any) -> Iterator[Service]:
+    with tempfile.TemporaryDirectory() as folder:
+        running = Service(Path(folder), instances, **options)
+        with running:
+            yield running
+
+
+def unlimited(instance: Mapping[str, Any]) -> dict[str, Any]:
+    """Every request reaches the broker: no windows, nothing answered from memory."""
+    declared = broker_class(instance["broker"]).windows  # type: ignore[attr-defined]
+    return {
+        **instance,
+        "ages": dict.fromkeys(ROUTES, 0),
+        "windows": {
+            name: {"limit": UNLIMITED, "seconds": window.seconds}
+            for name, window in declared.items()
+        },
+    }
+
+
+def wait_connected(running: Service, instance: Mapping[str, Any]) -> None:
+    path = f"/httptrading/api/{instance['id']}/ping/state"
+    headers = {"HT-TOKEN": instance["tokens"][0], "Cache-Control": "no-cache"}
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        status, body, _ = running.ask("GET", path, headers=headers)
+        if status == 200 and body["pong"]:
+            return
+        time.sleep(0.05)
+    raise RuntimeError(f"{instance['broker']} did not connect")
+
+
+# --- the sections --------------------------------------------------------------------------------
+def latency(fleet: list[Mapping[str, Any]]) -> Iterator[Row]:
+    """The gateway's share of each call at 20 requests a second."""
+    with skeleton() as port:
+        connection = Connection(port)
+        bare = prepare("GET", "/ping")
+        took = paced(lambda number: connection.ask(bare), PER_SECOND, SECONDS * 2)
+        connection.close()
+        own50, own99 = p50(took), p99(took)
+    yield "skeleton, 20 requests/s", f"p50 {ms(own50)}, p99 {ms(own99)}", "", ""
+    for instance in fleet:
+        direct = directly(instance, "latencies", per_second=PER_SECOND, seconds=SECONDS)
+        ours = through_gateway(instance)
+        process = broker_class(instance["broker"]).isolation == "process"  # type: ignore[attr-defined]
+        for name, took in ours.items():
+            over50 = p50(took) - p50(direct[name])
+            over99 = p99(took) - p99(direct[name])
+            yield (
+                f"{instance['broker']} {name}" + (" (process)" if process else ""),
+                f"p50 {ms(p50(took))}, p99 {ms(p99(took))}",
+                f"directly p50 {ms(p50(direct[name]))}, p99 {ms(p99(direct[name]))}",
+                f"overhead / skeleton: p50 {over50 / own50:.2f}, p99 {over99 / own99:.2f} "
+                f"(≤ {'2.5' if process else '1.5'}, 2)",
+            )
+
+
+def through_gateway(instance: Mapping[str, Any]) -> dict[str, list[float]]:
+    with service([unlimited(instance)]) as running:
+        wait_connected(running, instance)
+        time.sleep(1.0)
+        connection = Connection(running.port)
+        status, found = connection.ask(
+            request_of(instance, "POST", "order/place", order(0, "first"))
+        )
+        assert status == 200, found
+        order_id = json.loads(found)["orderId"]
+        took = {}
+        for name, route in ROUTES.items():
+            request = request_of(instance, "GET", route.format(order_id=order_id))
+            assert connection.ask(request)[0] == 200, (instance["broker"], name)
+            took[name] = paced(lambda number, r=request: connection.ask(r), PER_SECOND, SECONDS)
+        orders = [
+            request_of(instance, "POST", "order/place", order(number, "paced"))
+            for number in range(int(PER_SECOND * SECONDS))
+        ]
+        took["place_order"] = paced(
+            lambda number: connection.ask(orders[number]), PER_SECOND, SECONDS
+        )
+        connection.close()
+        return took
+
+
+def bursts(fleet: list[Mapping[str, Any]]) -> Iterator[Row]:
+    """Ten orders at once, beside the same ten sent through the SDK at the documented spacing."""
+    for instance in fleet:
+        declared = broker_class(instance["broker"])
+        costs = declared.costs.get("place_order", ())  # type: ignore[attr-defined]
+        gap = max((declared.windows[name].gap for name in costs), default=0.0)  # type: ignore[attr-defined]
+        direct = directly(instance, "burst", orders=10, gap=gap)
+        with service([instance]) as running:
+            wait_connected(running, instance)
+            time.sleep(1.0)
+            seconds = burst(running, instance, 10)
+        yield (
+            f"{instance['broker']}: 10 orders at once",
+            f"{seconds:.3f} s",
+            f"directly {direct:.3f} s",
+            f"{seconds / direct:.2f} (≤ 1.5), and ≤ 0.5 s",
+        )
+
+
+def burst(running: Service, instance: Mapping[str, Any], orders: int) -> float:
+    import threading
+
+    connections = [Connection(running.port) for _ in range(orders)]
+    requests = [
+        request_of(instance, "POST", "order/place", order(number, "burst"))
+        for number in range(orders)
+    ]
+    barrier = threading.Barrier(orders + 1)
+    answers: list[tuple[int, bytes]] = []
+
+    def send(number: int) -> None:
+        barrier.wait()
+        answers.append(connections[number].ask(requests[number]))
+
+    threads = [threading.Thread(target=send, args=(number,)) for number in range(orders)]
+    for thread in threads:
+        thread.start()
+    barrier.wait()
+    began = time.perf_counter()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - began
+    for connection in connections:
+        connection.close()
+    assert all(status == 200 for status, _ in answers), answers
+    return seconds
+
+
+def polling(fleet: list[Mapping[str, Any]]) -> Iterator[Row]:
+    """16 clients that poll cash, positions, an order and a quote as fast as they can."""
+    with skeleton() as port:
+        bare = together(
+            16, SECONDS * 2, lambda number: asker(port, itertools.repeat(prepare("GET", "/ping")))
+        )
+    yield "skeleton, 16 clients", f"{bare.rate:.0f}/s", "", ""
+    for instance in fleet:
+        with service([instance]) as running:
+            wait_connected(running, instance)
+            connection = Connection(running.port)
+            status, found = connection.ask(
+                request_of(instance, "POST", "order/place", order(0, "polled"))
+            )
+            connection.close()
+            assert status == 200, found
+            order_id = json.loads(found)["orderId"]
+            requests = [
+                request_of(instance, "GET", ROUTES[name].format(order_id=order_id))
+                for name in ("cash", "positions", "order", "quote")
+            ]
+            tally = together(
+                16,
+                SECONDS * 2,
+                lambda number, r=requests, s=running: asker(s.port, itertools.cycle(r)),
+            )
+        yield (
+            f"{instance['broker']}: 16 clients polling",
+            f"{tally.rate:.0f} good answers/s, {tally.bad} others",
+            f"skeleton {bare.rate:.0f}/s",
+            f"{tally.rate / bare.rate:.2f} (≥ 0.6)",
+        )
+
+
+def asker(port: int, requests: Iterator[bytes]) -> Callable[[], bool]:
+    connection = Connection(port)
+    return lambda: connection.ask(next(requests))[0] == 200
+
+
+def throughput() -> Iterator[Row]:
+    """Paper's ping beside the skeleton, 8 clients, in alternation."""
+    ours, theirs = [], []
+    with skeleton() as port, service([PAPER]) as running:
+        wait_connected(running, PAPER)
+        bare, ping = prepare("GET", "/ping"), request_of(PAPER, "GET", "ping/state")
+        for _ in range(3):
+            theirs.append(together(8, 3, lambda number: asker(port, itertools.repeat(bare))).rate)
+            ours.append(
+                together(8, 3, lambda number: asker(running.port, itertools.repeat(ping))).rate
+            )
+    mine, bare_rate = statistics.median(ours), statistics.median(theirs)
+    yield (
+        "Paper: ping, 8 clients",
+        f"{mine:.0f}/s",
+        f"skeleton {bare_rate:.0f}/s",
+        f"{mine / bare_rate:.2f} (≥ 0.7)",
+    )
+
+
+def neighbours(fleet: list[Mapping[str, Any]]) -> Iterator[Row]:
+    """What a broker that accepts and never answers costs the others."""
+    import socket
+
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(64)
+        port = silent.getsockname()[1]
+        others = {"broker": "Paper", **{k: PAPER[k] for k in ("id", "tokens")}}
+        with service([others, *(deaf(instance, port) for instance in fleet)]) as running:
+            wait_connected(running, others)
+            connection = Connection(running.port)
+            request = request_of(others, "GET", "cash/state")
+            before = paced(lambda number: connection.ask(request), 100, SECONDS)
+            hung = [Connection(running.port) for _ in range(len(fleet) * 4)]
+            for number, each in enumerate(hung):
+                instance = fleet[number % len(fleet)]
+                each._socket.sendall(request_of(instance, "GET", "cash/state"))
+            during = paced(lambda number: connection.ask(request), 100, SECONDS)
+            for each in (*hung, connection):
+                each.close()
+    yield (
+        "Paper's cash, 4 requests hanging at each of 4 silent brokers",
+        f"p99 {ms(p99(during))}",
+        f"before p99 {ms(p99(before))}",
+        f"{(p99(during) - p99(before)) * 1000:+.2f} ms (< 5 ms)",
+    )
+
+
+def deaf(instance: Mapping[str, Any], port: int) -> dict[str, Any]:
+    """The same instance, with every address that of a server that never answers."""
+    args = dict(instance["args"])
+    for name, value in args.items():
+        if name == "port" or name == "push_port":
+            args[name] = port
+        elif name.endswith("_url"):
+            args[name] = f"{value.partition('://')[0]}://127.0.0.1:{port}"
+    return {**instance, "args": args}
+
+
+def costs(fleet: list[Mapping[str, Any]]) -> Iterator[Row]:
+    """Start-up and memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        core = Service(Path(folder), [PAPER])
+        seconds = core.start()
+        memory = resident(core)
+        core.stop()
+    yield "core with Paper", f"first answer {seconds:.2f} s", "", "≤ 1.5 s"
+    yield "core with Paper", f"{memory:.0f} MiB resident", "", "≤ 60 MiB"
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        down = Service(Path(folder), [deaf(instance, port) for instance in fleet])
+        seconds = down.start()
+        down.stop()
+    yield "four brokers, all down", f"listens after {seconds:.2f} s", "", "≤ 1.5 s"
+    for instance in fleet:
+        with service([instance]) as running:
+            wait_connected(running, instance)
+            yield f"with {instance['broker']}", f"{resident(running):.0f} MiB resident", "", ""
+
+
+def resident(running: Service) -> float:
+    """The process that serves, and its children."""
+    worker = psutil.Process(running.worker_pid())
+    processes = [worker, *worker.children(recursive=True)]
+    return sum(each.memory_info().rss for each in processes) / 2**20
+
+
+def ms(seconds: float) -> str:
+    return f"{seconds * 1000:.2f} ms"
+
+
+def main() -> None:
+    wanted = sys.argv[1:]
+    started = datetime.now(UTC)
+    lines = [
+        "# Measurements",
+        "",
+        f"Made by `make bench` on {started:%Y-%m-%d %H:%M} UTC: {os.cpu_count()} CPUs, "
+        f"{platform.system()} {platform.release()}, Python {platform.python_version()}, "
+        f"load {os.getloadavg()[0]:.1f} at the start. The brokers are those of `tests/simulators`, "
+        "in a process of their own on the same machine.",
+        "",
+        "| what | figure | compared with | ratio (bound) |",
+        "| --- | --- | --- | --- |",
+    ]
+    with simulators() as fleet:
+        sections: dict[str, Callable[[], Iterator[Row]]] = {
+            "costs": lambda: costs(fleet),
+            "throughput": throughput,
+            "latency": lambda: latency(fleet),
+            "bursts": lambda: bursts(fleet),
+            "polling": lambda: polling(fleet),
+            "neighbours": lambda: neighbours(fleet),
+        }
+        for name, section in sections.items():
+            if wanted and name not in wanted:
+                continue
+            for row in section():
+                print(" | ".join(row), flush=True)
+                lines.append("| " + " | ".join(row) + " |")
+    if not wanted:
+        (ROOT / "bench" / "RESULTS.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
