@@ -11,6 +11,7 @@ from pathlib import Path
 from httptrading.app import hooks
 from httptrading.app.config import ConfigurationError, load_settings
 from httptrading.app.logs import log_to_stderr, secrets_of
+from httptrading.brokers.gateway import Gateway
 
 try:
     settings = load_settings(None, os.environ)
@@ -64,8 +65,13 @@ loglevel = "info"
 
 
 # --- the gateway's life ------------------------------------------------------------------------
-on_starting = hooks.on_starting
 worker_exit = hooks.worker_exit
+
+
+def on_starting(server):
+    """Refuses a second process, of this service or of another one with the same accounts."""
+    hooks.on_starting(server)
+    hooks.refuse_second_owner(Gateway(settings.instances, settings.data_dir))
 
 
 def post_worker_init(worker):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from flask import Request
@@ -55,16 +56,16 @@ class Ask:
         instance: Instance,
         request_id: str,
         *,
-        lenient: bool,
+        reword: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None,
         order_node: type[Schema],
     ) -> None:
-        """`lenient`: unknown keys of a body are ignored; `order_node`: how an order is worded (both
-        differ under `compat="1.0"`)."""
+        """Both differ under `compat="1.0"`: `reword` puts a body into the words of today, and
+        unknown keys are ignored then; `order_node` is how an order is worded."""
         self.request = request
         self.instance = instance
         self.broker = instance.broker
         self.request_id = request_id
-        self.lenient = lenient
+        self.reword = reword
         self.order_node = order_node
         self.began = time.monotonic()
         self.deadline = self.began + instance.settings.deadline
@@ -105,8 +106,9 @@ class Ask:
             raise InvalidRequest(f"The body {error}.") from None
         if not isinstance(self.raw_body, dict):
             raise InvalidRequest("The body must be a JSON object.")
-        loader = schema(unknown=EXCLUDE) if self.lenient else schema()
-        return _load(loader, self.raw_body, kind)
+        if self.reword is not None:
+            return _load(schema(unknown=EXCLUDE), self.reword(self.raw_body), kind)
+        return _load(schema(), self.raw_body, kind)
 
 
 def _load(schema: Schema, data: Any, kind: type[_Loaded]) -> _Loaded:

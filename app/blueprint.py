@@ -33,7 +33,6 @@ from httptrading.app.ask import (
 from httptrading.app.auth import Doorkeeper
 from httptrading.app.config import Settings
 from httptrading.app.metrics import Metrics
-from httptrading.app.openapi import openapi_document
 from httptrading.brokers.gateway import Gateway
 from httptrading.errors import HttpTradingError
 from httptrading.schemas.numbers import dump_json
@@ -83,6 +82,7 @@ class Service:
     def serve(self, path: str, instance_id: str) -> Response:
         """One request below an instance."""
         began = time.monotonic()
+        request = flask.request._get_current_object()  # type: ignore[attr-defined]  # not a proxy
         token = request.headers.get(self.settings.token_header, "")
         admitted = self.doorkeeper.admits(instance_id, token)
         route = ROUTES.get(path)
@@ -124,7 +124,7 @@ class Service:
             request,
             self.gateway.instance(instance_id),
             request_id,
-            lenient=self._compat,
+            reword=compat.request_body if self._compat else None,
             order_node=compat.OrderNode10 if self._compat else OrderNode,
         )
         ask.limit_time()
@@ -174,12 +174,16 @@ def make_blueprint(service: Service, url_prefix: str) -> Blueprint:
     )
     blueprint.add_url_rule("/healthz", "healthz", lambda: json_answer({"status": "ok"}))
     blueprint.add_url_rule("/metrics", "metrics", service.metrics_page)
-    document: list[str] = []
+    documents: dict[str, str] = {}
 
     def openapi() -> Response:
-        if not document:
-            document.append(dump_json(openapi_document(service.settings, url_prefix)))
-        return Response(document[0], 200, content_type="application/json")
+        from httptrading.app.openapi import openapi_document  # apispec costs the start time
+
+        rule = str(request.url_rule)
+        if rule not in documents:  # the same blueprint may stand below several prefixes
+            prefix = rule.removesuffix("/openapi.json")
+            documents[rule] = dump_json(openapi_document(service.settings, prefix))
+        return Response(documents[rule], 200, content_type="application/json")
 
     blueprint.add_url_rule("/openapi.json", "openapi", openapi)
     return blueprint

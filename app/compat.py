@@ -2,13 +2,13 @@
 
 One layer over the finished answer: HTTP 200 with `ex` for every error after authentication,
 `symbol` beside `ticker`, `canceled: true` on cancel, `isCancelable` on orders, amounts with a
-fraction. (Unknown body keys are ignored where the body is loaded.)
+fraction; and under its input. (Unknown body keys are ignored where the body is loaded.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from marshmallow import fields
@@ -25,6 +25,26 @@ class OrderNode10(OrderNode):
     """The order node of 1.0."""
 
     isCancelable = fields.Boolean(attribute="is_cancelable")
+
+
+def request_body(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A body in the words of today: 1.0 took a price as text and none as 0, ignored the price of a
+    market order, and took order ids as numbers."""
+    found = dict(body)
+    price = found.get("price")
+    if isinstance(price, str):
+        try:
+            number = Decimal(price or 0)
+        except InvalidOperation:
+            number = Decimal("NaN")
+        if number.is_finite():  # else the field says what is wrong
+            price = found["price"] = number
+    if found.get("orderType") == "Market" or (price == 0 and not isinstance(price, bool)):
+        found.pop("price", None)
+    order_id = found.get("orderId")
+    if isinstance(order_id, int) and not isinstance(order_id, bool):
+        found["orderId"] = str(order_id)
+    return found
 
 
 def success(path: str, body: Mapping[str, Any], raw_body: Any) -> dict[str, Any]:

@@ -5,16 +5,22 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import signal
+import sys
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 from httptrading.app.logs import log_to_stderr, secrets_of
+from httptrading.brokers.gateway import Gateway
 
 STOP_WITHIN = 4
 """Seconds from SIGTERM until gunicorn's master kills a worker process that has not ended."""
+
+_PREDECESSOR_ENDS_WITHIN = 5.0
 
 _REQUESTS_END_WITHIN = 3
 """Seconds that the worker process waits for its requests; the rest is for closing the brokers."""
@@ -34,6 +40,23 @@ def on_starting(server: Any) -> None:
             f"worker_class = {server.cfg.worker_class_str}: httptrading needs gthread. Requests "
             "wait for brokers, so one at a time (sync) or on a patched loop (gevent) would hang."
         )
+
+
+def refuse_second_owner(gateway: Gateway) -> None:
+    """Ends this start when another process serves one of the instances from the same data
+    directory; a service that is just ending is waited for."""
+    if "GUNICORN_PID" in os.environ:
+        return  # started by the running service itself (USR2), to take over from it
+    end = time.monotonic() + _PREDECESSOR_ENDS_WITHIN
+    while owners := gateway.owned_elsewhere():
+        if time.monotonic() > end:
+            listed = ", ".join(f"{name[:4]}… by process {pid}" for name, pid in owners.items())
+            sys.exit(
+                f"httptrading: already served from {gateway.data_dir}: {listed}. One process owns "
+                "an instance: stop that one first, or give this one a data directory (data_dir, "
+                "HTTPTRADING_DATA_DIR) and accounts of its own."
+            )
+        time.sleep(0.1)
 
 
 def post_worker_init(worker: Any) -> None:

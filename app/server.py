@@ -37,6 +37,10 @@ def run(
     for blueprint in blueprints:
         app.register_blueprint(blueprint)
 
+    def on_starting(server: Any) -> None:
+        hooks.on_starting(server)
+        hooks.refuse_second_owner(app.extensions["httptrading"])
+
     class Server(BaseApplication):  # type: ignore[misc]
         def load_config(self) -> None:
             # gunicorn.conf.py says what each of these is for.
@@ -50,7 +54,7 @@ def run(
                 "graceful_timeout": hooks.STOP_WITHIN,
                 "keepalive": 75,
                 "control_socket_disable": True,
-                "on_starting": hooks.on_starting,
+                "on_starting": on_starting,
                 "post_worker_init": hooks.post_worker_init,
                 "worker_exit": hooks.worker_exit,
             }

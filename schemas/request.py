@@ -36,7 +36,7 @@ from httptrading.schemas.fields import (
 from httptrading.tickers import REGIONS, canonical_ticker
 
 DIRECTIONS = ("BUY", "SELL")
-_ANY_TEXT = re.compile(r".{1,32}", re.DOTALL)
+_ANY_TEXT = re.compile(r"[\s\S]{1,32}")
 _CURRENCY = re.compile(r"[A-Z]{3}")
 MOST_LISTED = 1000
 """Orders in one answer of order/list."""
