@@ -108,12 +108,17 @@ class ChildBroker:
             raise BrokerUnavailable(f"The child process for {display} failed: {error}") from None
 
     async def run(self, operation: str, arguments: Mapping[str, Any], seconds: float) -> Any:
+        display = self._prototype.broker_display
+        if self._broken:
+            raise BrokerUnavailable(f"The child process for {display} ended")
         try:
             return await self._ask(("run", operation, dict(arguments), seconds), None)
         except _ChildGone as error:
-            display = self._prototype.broker_display
             self._lose(str(error))
             if operation in CHANGES:
+                if self._link is not None and not self._killed:
+                    # OutcomeUnknown alone does not say that there is no connection any more.
+                    self._link.lost(f"The child process for {display} ended")
                 raise OutcomeUnknown(
                     f"The child process for {display} ended before {display} had answered"
                 ) from None
@@ -191,8 +196,7 @@ class ChildBroker:
         return value
 
     def _send(self, message: tuple[Any, ...]) -> None:
-        assert self._pipe is not None
-        if self._broken:
+        if self._broken or self._pipe is None:
             raise _ChildGone(self._broken)
         try:
             self._pipe.send_bytes(pickle.dumps(message, PICKLE_PROTOCOL))
