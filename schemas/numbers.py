@@ -122,5 +122,9 @@ def _check_depth_and_texts(value: Any) -> None:
     raise ValueError("is nested too deeply")
 
 
+_ENCODER = simplejson.JSONEncoder(use_decimal=True, ensure_ascii=False, allow_nan=False)
+
+
 def dump_json(value: Any) -> str:
-    return str(simplejson.dumps(value, use_decimal=True, ensure_ascii=False, allow_nan=False))
+    """JSON text; ValueError for what is none (a NaN)."""
+    return str(_ENCODER.encode(value))
