@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
@@ -21,13 +22,13 @@ from httptrading.brokers.futu_vocabulary import (
     CASH_FIELDS,
     MARKET_OF_CURRENCY,
     REAL,
-    SECURITY_FIRMS,
     SIMULATE,
     TO_ORDER_TYPE,
     TO_SESSION,
     Account,
-    number,
     parse_accounts,
+    parse_arguments,
+    parse_cash,
     parse_fill,
     parse_market_states,
     parse_order,
@@ -59,8 +60,7 @@ from httptrading.model import (
     TimeInForce,
 )
 
-ARGUMENTS = {"host", "port", "trade_env", "pk_path", "unlock_pin", "security_firm", "acc_id"}
-
+PIN_REFUSAL = "refused-pin"
 REFUSED = -1  # Common.proto RetType_Failed; -100, -200, -400 and -500 leave the outcome open
 OFTEN = re.compile(r"频率太高|頻率太高|too (high|often|frequent)|frequen", re.IGNORECASE)
 LOCKED = re.compile(r"解锁|解鎖|unlock", re.IGNORECASE)
@@ -123,41 +123,26 @@ class Futu(BaseBroker):
         tokens: Iterable[str] | None = None,
     ) -> None:
         super().__init__(broker_args, instance_id, tokens)
-        given = self.broker_args
-        if unknown := sorted(set(given) - ARGUMENTS):
-            raise ValueError(f"unknown arguments for {type(self).__name__}: {', '.join(unknown)}")
-        self._host = str(given.get("host") or "127.0.0.1")
-        self._port = _whole(given, "port", 11111)
-        self._env = str(given.get("trade_env") or "")
-        if self._env not in ("REAL", "SIMULATE"):
-            raise ValueError("trade_env is REAL or SIMULATE")
-        self._pk_path = str(given.get("pk_path") or "")
-        self._pin = str(given.get("unlock_pin") or "").lower()
-        if self._pin and not re.fullmatch(r"[0-9a-f]{32}", self._pin):
-            raise ValueError("unlock_pin is the MD5 of the trading password: 32 hex digits")
-        self._firm = str(given.get("security_firm") or "N/A")
-        if self._firm not in SECURITY_FIRMS:
-            raise ValueError(f"security_firm is one of {', '.join(sorted(SECURITY_FIRMS))}")
-        self._acc_id = _whole(given, "acc_id", 0)
-        # Shared by all copies: a pin once refused is not tried again, Futu locks the account.
-        self._pin_refusals: list[str] = []
+        self._given = parse_arguments(self.broker_args)
+        self._life = secrets.token_hex(8)  # of this prototype: its copies have the same
         self._context: Any = None
         self._accounts: list[Account] = []
         self._account_of: dict[str, Account] = {}  # order id → account
-        self._refreshed: set[str] = set()
+        self._refreshed: set[str] = set()  # windows; of this connection
 
     @property
     def isolation(self) -> str:  # type: ignore[override]
         """The SDK's key and its table of connection ids are process-wide: an encrypted instance
         would break a plain one beside it (common/utils.py:929, common/conn_mng.py)."""
-        return "process" if self._pk_path else "thread"
+        return "process" if self._given.pk_path else "thread"
 
     @property
     def combinations(self) -> frozenset[Combination]:  # type: ignore[override]
-        return REAL if self._env == "REAL" else SIMULATE
+        return REAL if self._given.trade_env == "REAL" else SIMULATE
 
     def account_key(self) -> str:
-        where = f"{self._host}:{self._port}:{self._env}:{self._acc_id}"
+        given = self._given
+        where = f"{given.host}:{given.port}:{given.trade_env}:{given.acc_id}"
         return f"{self.broker_name}:{hashlib.sha256(where.encode()).hexdigest()}"
 
     def check_contract(self, contract: Contract) -> None:
@@ -186,24 +171,26 @@ class Futu(BaseBroker):
 
     # --- the connection ---------------------------------------------------------------------
     def connect(self) -> None:
-        sdk = futu_sdk.load(self.package, self.data_dir)
-        futu_sdk.use_key(sdk, self._pk_path)
+        given = self._given
+        self._refreshed = set()
         where = {
-            "host": futu_sdk.probe(self._host, self._port),
-            "port": self._port,
-            "is_encrypt": bool(self._pk_path),
-            "security_firm": self._firm,
+            "host": futu_sdk.probe(given.host, given.port),  # before the costly import
+            "port": given.port,
+            "is_encrypt": bool(given.pk_path),
         }
+        sdk = futu_sdk.load(self.package, self.data_dir)
+        futu_sdk.use_key(sdk, given.pk_path)
         if self.connection == "quote":
             self._open(sdk.OpenQuoteContext, **where)
         else:
-            self._open(sdk.OpenSecTradeContext, filter_trdmarket="N/A", **where)
+            accounts = {"filter_trdmarket": "N/A", "security_firm": given.security_firm}
+            self._open(sdk.OpenSecTradeContext, **where, **accounts)
         self._check_login()
-        self._context.set_handler(self._notify_handler(sdk))
+        login = "qotLogined" if self.connection == "quote" else "trdLogined"
+        self._context.set_handler(futu_sdk.login_handler(sdk, login, self.lost))
         if self.connection == "trade":
             self._choose_accounts()
-            self._context.set_handler(self._order_handler(sdk))
-            self._context.set_handler(self._fill_handler(sdk))
+            self._listen(sdk)
 
     def _open(self, base: type, **arguments: Any) -> None:
         def keep(context: Any) -> None:
@@ -222,10 +209,13 @@ class Futu(BaseBroker):
 
     def _choose_accounts(self) -> None:
         rows = self._ask(self._context.keep_accounts).to_dict("records")
-        self._accounts = parse_accounts(rows, self._env, self._acc_id)
+        given = self._given
+        self._accounts = parse_accounts(rows, given.trade_env, given.acc_id)
         if not self._accounts:
-            wanted = f"no {self._env} account" + (" with this acc_id" if self._acc_id else "")
-            raise BrokerUnavailable(f"The OpenD login has {wanted} (security_firm {self._firm})")
+            wanted = f"no {given.trade_env} account" + (" with this acc_id" if given.acc_id else "")
+            raise BrokerUnavailable(
+                f"The OpenD login has {wanted} (security_firm {given.security_firm})"
+            )
 
     def close(self) -> None:
         if self._context is not None:
@@ -306,7 +296,7 @@ class Futu(BaseBroker):
         return list(found.values())
 
     def fills(self, order_id: str) -> list[Fill]:  # type: ignore[override]
-        if self._env == "SIMULATE":
+        if self._given.trade_env == "SIMULATE":
             raise Unsupported("Paper accounts at Futu have no list of fills")  # qa/trade.html Q1
         account = self._find(order_id)[1]
         rows = self._rows(self._context.deal_list_query, account)
@@ -354,15 +344,13 @@ class Futu(BaseBroker):
             refresh_cache=self._refresh("cash", account),
             currency=shown,
         )
-        amount = rows[0][CASH_FIELDS[currency]]
-        if isinstance(amount, str):  # N/A: no list of currencies, as with paper accounts
-            if len(account.markets) > 1:
-                amount = 0  # an account of several currencies holds none of this one
-            elif account.serves(region):
-                amount = rows[0]["cash"]
-            else:
-                raise Unsupported(f"There is no {self._env} account that holds {currency}")
-        return Cash(currency, number(amount))
+        alone = len(account.markets) == 1 and account.serves(region)
+        amount = parse_cash(rows[0], currency, alone)
+        if amount is None:
+            raise Unsupported(
+                f"No {self._given.trade_env} account of this login tells its cash in {currency}"
+            )
+        return Cash(currency, amount)
 
     def positions(self) -> list[Position]:  # type: ignore[override]
         found = [
@@ -380,7 +368,7 @@ class Futu(BaseBroker):
     def quote(self, contract: Contract) -> Quote:  # type: ignore[override]
         table = self._ask(self._context.get_market_snapshot, [to_code(contract)])
         rows = table.to_dict("records")
-        if not rows:
+        if not rows or not rows[0]["update_time"]:
             raise Rejected(f"{self.broker_display} has no quote for {to_code(contract)}")
         return parse_quote(rows[0], contract)
 
@@ -397,7 +385,7 @@ class Futu(BaseBroker):
         for account in self._accounts:
             if account.serves(region):
                 return account
-        raise Unsupported(f"This login has no {self._env} account for region {region}")
+        raise Unsupported(f"This login has no {self._given.trade_env} account for region {region}")
 
     def _window(self, name: str, account: Account) -> str:
         return f"{name} {next((r for r in CURRENCIES if account.serves(r)), 'US')}"
@@ -416,7 +404,9 @@ class Futu(BaseBroker):
         self, function: Callable[..., Any], account: Account, **arguments: Any
     ) -> list[dict[str, Any]]:
         """The rows of one of the SDK's list queries."""
-        table = self._ask(function, trd_env=self._env, acc_id=account.acc_id, **arguments)
+        table = self._ask(
+            function, trd_env=self._given.trade_env, acc_id=account.acc_id, **arguments
+        )
         rows: list[dict[str, Any]] = table.to_dict("records")
         return rows
 
@@ -426,31 +416,40 @@ class Futu(BaseBroker):
         The refusal proves that nothing was done, so this is no second order.
         """
         try:
-            return self._ask(function, changes=True, trd_env=self._env, **arguments)
+            return self._ask(function, changes=True, trd_env=self._given.trade_env, **arguments)
         except _Locked:
             self._unlock()
             self.take(window)
             time.sleep(self.windows[window].gap)
-            return self._ask(function, changes=True, trd_env=self._env, **arguments)
+            return self._ask(function, changes=True, trd_env=self._given.trade_env, **arguments)
 
     def _unlock(self) -> None:
         """Unlocking is a state of OpenD, for all its clients, until it restarts (unlock.html)."""
-        if not self._pin:
+        if not self._given.unlock_pin:
             raise Rejected(
                 "Trading is locked in OpenD, and nothing was sent to the market: unlock it there, "
                 "or configure unlock_pin"
             )
-        if self._pin_refusals:
-            raise Rejected(self._pin_refusals[0])
+        if words := self._refused_pin():
+            raise Rejected(words)
         self.take("unlock")
         try:
-            self._ask(self._context.unlock_trade, password_md5=self._pin)
+            self._ask(self._context.unlock_trade, password_md5=self._given.unlock_pin)
         except Rejected as refused:
             words = f"OpenD refused to unlock trading, nothing was sent to the market: {refused}"
             if WRONG_PIN.search(refused.text):
                 words += ". unlock_pin is not tried again before the service is restarted"
-                self._pin_refusals.append(words)
+                (self.data_dir / PIN_REFUSAL).write_text(f"{self._life}\n{words}", "utf-8")
             raise Rejected(words) from None
+
+    def _refused_pin(self) -> str:
+        """OpenD's words when it refused the pin to a copy of this prototype, in whatever process:
+        Futu locks an account after a few wrong ones."""
+        try:
+            life, _, words = (self.data_dir / PIN_REFUSAL).read_text("utf-8").partition("\n")
+        except FileNotFoundError:
+            return ""
+        return words if life == self._life else ""
 
     def _ask(
         self,
@@ -489,46 +488,21 @@ class Futu(BaseBroker):
         return Rejected(words or "OpenD refused without giving a reason")
 
     # --- pushes, on the SDK's callback thread -------------------------------------------------
-    def _order_handler(self, sdk: Any) -> Any:
-        def on_order(row: Mapping[str, Any], account: Account) -> None:
-            if (report := self._remember(row, account)) is not None:
-                self.report(report)
-            self.stale()
-
-        return self._handler(sdk.TradeOrderHandlerBase, on_order)
-
-    def _fill_handler(self, sdk: Any) -> Any:
-        def on_fill(row: Mapping[str, Any], _account: Account) -> None:
-            if (fill := parse_fill(row)) is not None:
-                self.report_fills(fill)
-
-        return self._handler(sdk.TradeDealHandlerBase, on_fill)
-
-    def _handler(self, base: type, on_row: Callable[[Mapping[str, Any], Account], None]) -> Any:
+    def _listen(self, sdk: Any) -> None:
         accounts = {account.acc_id: account for account in self._accounts}
 
-        class Handler(base):  # type: ignore[misc]
-            def on_recv_rsp(self, rsp_pb: Any) -> Any:
-                ret, table = super().on_recv_rsp(rsp_pb)
-                account = accounts.get(rsp_pb.s2c.header.accID)
-                if ret == 0 and account is not None:
-                    on_row(table.to_dict("records")[0], account)
-                return ret, table
+        def on_order(row: Mapping[str, Any], acc_id: int) -> None:
+            account = accounts.get(acc_id)
+            if account is not None and (report := self._remember(row, account)) is not None:
+                self.report(report)
+                self.stale()
 
-        return Handler()
+        def on_fill(row: Mapping[str, Any], acc_id: int) -> None:
+            if acc_id in accounts and (fill := parse_fill(row)) is not None:
+                self.report_fills(fill)
 
-    def _notify_handler(self, sdk: Any) -> Any:
-        field = "qotLogined" if self.connection == "quote" else "trdLogined"
-        lost = self.lost
-
-        class Handler(sdk.SysNotifyHandlerBase):  # type: ignore[misc]
-            def on_recv_rsp(self, rsp_pb: Any) -> Any:
-                state = rsp_pb.s2c
-                if state.HasField("connectStatus") and not getattr(state.connectStatus, field):
-                    lost("OpenD is no longer logged in")
-                return super().on_recv_rsp(rsp_pb)
-
-        return Handler()
+        self._context.set_handler(futu_sdk.row_handler(sdk.TradeOrderHandlerBase, on_order))
+        self._context.set_handler(futu_sdk.row_handler(sdk.TradeDealHandlerBase, on_fill))
 
 
 @broker_register("moomoo", "moomoo")
@@ -537,13 +511,6 @@ class Moomoo(Futu):
 
     package: ClassVar[str] = "moomoo"
     sdk: ClassVar[str] = "httptrading[moomoo]"
-
-
-def _whole(arguments: Mapping[str, Any], name: str, default: int) -> int:
-    try:
-        return int(arguments.get(name) or default)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} is a whole number") from None
 
 
 def _logged_in(state: Mapping[str, Any], connection: str) -> bool:

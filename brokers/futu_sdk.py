@@ -49,6 +49,11 @@ def load(package: str, home: Path) -> ModuleType:
         os.environ.update(dict.fromkeys(before, str(home)))
         try:
             sdk = importlib.import_module(package)
+        except TypeError:  # protobuf found the same file names with another content
+            raise BrokerUnavailable(
+                "futu-api and moomoo-api of different versions cannot share a process: "
+                "set isolation = process for one of them"
+            ) from None
         finally:
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
@@ -150,6 +155,11 @@ def open_context(
                 return 0, [{"order_id": values.get("order_id", args[0] if args else "")}]
             return super()._order_list_query_impl(*args, **values)
 
+        def on_recv(self, conn_id: int, data: bytes) -> None:
+            super().on_recv(conn_id, data)
+            if self._recv_buf and not b"FT".startswith(self._recv_buf[:2]):
+                self._net_mgr.close(conn_id)  # garbled: the SDK would wait for its end for ever
+
         def on_disconnect(self, conn_id: int, reason: Any, msg: str) -> None:
             was_ready = self._status == "READY"
             super().on_disconnect(conn_id, reason, msg)
@@ -174,6 +184,32 @@ def open_context(
     context.set_sync_query_connect_timeout(0.2)
     context._conn_alive_timeout = SILENT_SECONDS
     return context
+
+
+def row_handler(base: type, on_row: Callable[[dict[str, Any], int], None]) -> Any:
+    """A handler for the SDK's push class `base`: gets the row and the account's id."""
+
+    class Handler(base):  # type: ignore[misc]
+        def on_recv_rsp(self, rsp_pb: Any) -> Any:
+            ret, table = super().on_recv_rsp(rsp_pb)
+            if ret == 0:
+                on_row(table.to_dict("records")[0], rsp_pb.s2c.header.accID)
+            return ret, table
+
+    return Handler()
+
+
+def login_handler(sdk: Any, field: str, lost: Callable[[str], None]) -> Any:
+    """`lost` is told when OpenD loses the login named by `field` (Notify.proto ConnectStatus)."""
+
+    class Handler(sdk.SysNotifyHandlerBase):  # type: ignore[misc]
+        def on_recv_rsp(self, rsp_pb: Any) -> Any:
+            state = rsp_pb.s2c
+            if state.HasField("connectStatus") and not getattr(state.connectStatus, field):
+                lost("OpenD is no longer logged in")
+            return super().on_recv_rsp(rsp_pb)
+
+    return Handler()
 
 
 def close_context(context: Any) -> None:

@@ -6,8 +6,9 @@ Facts: https://openapi.futunn.com/futu-api-doc/ (pages named where used) and the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -99,6 +100,46 @@ REAL |= combine(["HK", "CN"], [OrderType.Limit], TimeInForce, [Lifecycle.RTH])
 REAL |= combine(["HK"], [OrderType.Market], [TimeInForce.DAY], [Lifecycle.RTH])
 # Paper accounts: the day only, regular hours only (qa/trade.html Q1).
 SIMULATE = combine(["US", "HK", "CN"], OrderType, [TimeInForce.DAY], [Lifecycle.RTH])
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of `Futu`, checked; `unlock_pin` in lower case, as OpenD wants it."""
+
+    host: str
+    port: int
+    trade_env: str
+    pk_path: str
+    unlock_pin: str = field(repr=False)
+    security_firm: str
+    acc_id: int
+
+
+def parse_arguments(given: Mapping[str, Any]) -> Arguments:
+    """ValueError in a sentence that never shows a value: it may be a secret in the wrong place."""
+    known = [one.name for one in fields(Arguments)]
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"unknown arguments {', '.join(unknown)} (known: {', '.join(known)})")
+    try:
+        port, acc_id = int(given.get("port") or 11111), int(given.get("acc_id") or 0)
+    except (TypeError, ValueError):
+        raise ValueError("port and acc_id are whole numbers") from None
+    found = Arguments(
+        host=str(given.get("host") or "127.0.0.1"),
+        port=port,
+        trade_env=str(given.get("trade_env") or ""),
+        pk_path=str(given.get("pk_path") or ""),
+        unlock_pin=str(given.get("unlock_pin") or "").lower(),
+        security_firm=str(given.get("security_firm") or "N/A"),
+        acc_id=acc_id,
+    )
+    if found.trade_env not in ("REAL", "SIMULATE"):
+        raise ValueError("trade_env is REAL or SIMULATE")
+    if found.unlock_pin and not re.fullmatch(r"[0-9a-f]{32}", found.unlock_pin):
+        raise ValueError("unlock_pin is the MD5 of the trading password: 32 hex digits")
+    if found.security_firm not in SECURITY_FIRMS:
+        raise ValueError(f"security_firm is one of {', '.join(sorted(SECURITY_FIRMS))}")
+    return found
 
 
 # --- pure translations ------------------------------------------------------------------------
@@ -198,6 +239,22 @@ def parse_position(row: Mapping[str, Any], broker: str, display: str) -> Positio
         currency if currency in CASH_FIELDS else CURRENCIES[contract.region],
         -abs(qty) if short else qty,
     )
+
+
+def parse_cash(row: Mapping[str, Any], currency: str, alone: bool) -> Number | None:
+    """What is held in one currency; None when the account does not tell.
+
+    `cash` is everything converted into one currency, so it counts only for an account of this
+    currency `alone` that lists none: a paper account, or an old real one.
+    """
+    listed = {
+        name: row[column]
+        for name, column in CASH_FIELDS.items()
+        if not isinstance(row[column], str)
+    }
+    if listed:
+        return number(listed.get(currency, 0))
+    return number(row["cash"]) if alone else None
 
 
 def parse_quote(row: Mapping[str, Any], contract: Contract) -> Quote:

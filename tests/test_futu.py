@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -295,7 +296,7 @@ def test_prices_futu_takes(price: float | None) -> None:
         ({}, "trade_env"),
         ({"trade_env": "PAPER"}, "REAL or SIMULATE"),
         ({"trade_env": "REAL", "unlock_pin": PIN}, "MD5"),
-        ({"trade_env": "REAL", "pin": PIN}, "unknown arguments for Futu: pin"),
+        ({"trade_env": "REAL", "pin": PIN}, "unknown arguments pin "),
         ({"trade_env": "REAL", "security_firm": "FUTU"}, "security_firm"),
         ({"trade_env": "REAL", "port": "x"}, "port"),
         ({"trade_env": "REAL", "acc_id": "U1"}, "acc_id"),
@@ -435,7 +436,17 @@ def test_a_wrong_pin_is_tried_once(
         texts.append(str(raised.value))
     assert all("交易密码错误" in text and "unlock_pin is not tried" in text for text in texts)
     assert wrong not in " ".join(texts) + repr(broker)
+    broker.close()
+    broker._context = broker._link = None
+    other = pickle.loads(pickle.dumps(broker))  # as a child process has it after a reconnect
+    other._link = Told()
+    other.connect()
+    assert failing(lambda: place(other)).text == texts[0]
+    other.close()
     assert len(exchange.received("unlock")) == 1
+    with pytest.raises(Rejected):
+        place(connect(unlock_pin=wrong))  # the service was restarted: tried once more
+    assert len(exchange.received("unlock")) == 2
     assert exchange.orders == {}
 
 
@@ -459,7 +470,7 @@ def test_cash_is_what_is_held_in_that_currency(
     if env == "REAL":
         assert broker.cash("JPY").amount == 0
     else:
-        with pytest.raises(Unsupported, match="no SIMULATE account that holds JPY"):
+        with pytest.raises(Unsupported, match="No SIMULATE account"):
             broker.cash("JPY")
 
 
@@ -489,9 +500,16 @@ def test_only_the_first_reads_of_a_connection_cost_a_slot(
         broker.cash()
         broker.positions()
     assert told(broker).taken == ["cash US", "positions US"]
-    for operation in ("cash", "positions"):
+    broker.close()
+    broker.connect()
+    broker.cash()
+    assert told(broker).taken == ["cash US", "positions US", "cash US"]
+    for operation, expected in {
+        "cash": [True, None, None, True],
+        "positions": [True, None, None],
+    }.items():
         refreshed = [request.fields.get("refreshCache") for request in exchange.received(operation)]
-        assert refreshed == [True, None, None]
+        assert refreshed == expected
 
 
 # --- quotes and markets ---------------------------------------------------------------------
@@ -532,6 +550,7 @@ def failing(call: Callable[[], Any]) -> HttpTradingError:
         (FaultKind.ACCEPT_THEN_CUT, "", OutcomeUnknown),
         (FaultKind.GARBAGE, "", OutcomeUnknown),
         (FaultKind.GARBAGE, "sha", OutcomeUnknown),
+        (FaultKind.GARBAGE, "frame", OutcomeUnknown),
     ],
 )
 @pytest.mark.parametrize("operation", ["place", "cancel"])

@@ -148,6 +148,22 @@ def test_a_position_closed_today_is_none() -> None:
     assert words.parse_position(row, "futu", "富途证券") is None
 
 
+@pytest.mark.parametrize(
+    ("listed", "currency", "alone", "expected"),
+    [
+        ({"us_cash": 5.25, "hk_cash": 0.0}, "USD", False, 5.25),
+        ({"us_cash": 5.25, "hk_cash": 0.0}, "HKD", False, 0),
+        ({"us_cash": 5.25}, "CNY", False, 0),  # it lists its currencies, this is none of them
+        ({"cn_cash": 8.5}, "CNY", False, 8.5),
+        ({}, "USD", True, 999.0),
+        ({}, "USD", False, None),  # everything converted into dollars is not what is held in them
+    ],
+)
+def test_cash(listed: dict[str, float], currency: str, alone: bool, expected: float | None) -> None:
+    row: dict[str, Any] = dict.fromkeys(words.CASH_FIELDS.values(), "N/A")
+    assert words.parse_cash(row | {"cash": 999.0} | listed, currency, alone) == expected
+
+
 UNIFIED = {
     "RTH": {"MORNING", "AFTERNOON"},
     "REST": {"REST"},
