@@ -343,7 +343,7 @@ def test_every_status_number_arrives(
     assert order.is_canceled is (status in (14, 15))
     assert order.is_pending_cancel is (status in (12, 13))
     opend.push(exchange.orders[order_id])
-    told(broker).wait_for(lambda: told(broker).reports[-1].order == order)
+    told(broker).wait_for(lambda: order in [report.order for report in told(broker).reports])
 
 
 def test_orders_are_found_long_after_their_day(
