@@ -27,7 +27,7 @@ proc_name = "httptrading"
 # One process owns the brokers' sessions, with a thread for each request that is under way.
 # `on_starting` refuses another number of workers or another class, wherever it was set.
 workers = 1
-worker_class = "gthread"
+worker_class = hooks.WORKER_CLASS  # gthread, hardened against clients that stall
 threads = settings.threads
 
 # The application is loaded in the worker process. preload_app = True works as well: no thread

@@ -14,8 +14,12 @@ import time
 from types import FrameType
 from typing import Any
 
+from gunicorn.workers.gthread import ThreadWorker
+
 from httptrading.app.logs import log_to_stderr, secrets_of
 from httptrading.brokers.gateway import Gateway
+
+WORKER_CLASS = "httptrading.app.gthread.Worker"
 
 STOP_WITHIN = 4
 """Seconds from SIGTERM until gunicorn's master kills a worker process that has not ended."""
@@ -35,10 +39,11 @@ def on_starting(server: Any) -> None:
             "and its own view of the orders. Use threads (in the configuration file) for more "
             "requests at a time, and more instances or another service for more accounts."
         )
-    if server.cfg.worker_class_str != "gthread":
+    if not issubclass(server.cfg.worker_class, ThreadWorker):
         raise RuntimeError(
-            f"worker_class = {server.cfg.worker_class_str}: httptrading needs gthread. Requests "
-            "wait for brokers, so one at a time (sync) or on a patched loop (gevent) would hang."
+            f"worker_class = {server.cfg.worker_class_str}: httptrading needs {WORKER_CLASS} (or "
+            "gthread). Requests wait for brokers, so one at a time (sync) or on a patched loop "
+            "(gevent) would hang."
         )
 
 

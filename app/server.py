@@ -48,7 +48,7 @@ def run(
                 "bind": f"{host}:{port}",
                 "proc_name": "httptrading",
                 "workers": 1,
-                "worker_class": "gthread",
+                "worker_class": hooks.WORKER_CLASS,
                 "threads": threads,
                 "timeout": 60,
                 "graceful_timeout": hooks.STOP_WITHIN,

@@ -1,0 +1,223 @@
+"""`gunicorn` with gunicorn.conf.py: its start, its refusals, rude clients, and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from httptrading.brokers.base import BaseBroker
+from httptrading.brokers.registry import broker_register
+from httptrading.model import Cash
+
+ROOT = Path(__file__).parent.parent
+ID, TOKEN = "kQ4xV8mT1zR6pW9c", "b7Jd-2Ls9Qa0Xe5Ru8Yt"
+
+
+@broker_register("hanging", "Hanging broker")
+class HangingBroker(BaseBroker):
+    """Its cash never comes, and nothing can interrupt it."""
+
+    def cash(self) -> Cash:
+        while True:
+            time.sleep(1)
+
+
+class Service:
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            self.port: int = listener.getsockname()[1]
+        self.config = ""
+        self.environ: dict[str, str] = {}
+
+    def start(self, *options: str) -> subprocess.Popen[str]:
+        environ = os.environ | {
+            "HTTPTRADING_DATA_DIR": str(self.directory / "data"),
+            "HTTPTRADING_PORT": str(self.port),
+            "PYTHONPATH": str(ROOT / "tests"),
+        }
+        if self.config:
+            path = self.directory / "httptrading.toml"
+            path.write_text(self.config)
+            path.chmod(0o600)
+            environ["HTTPTRADING_CONFIG"] = str(path)
+        self.log_path = self.directory / "log"
+        with self.log_path.open("w") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "gunicorn", *options],
+                cwd=ROOT,
+                env=environ | self.environ,
+                stderr=log,
+                text=True,
+            )
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+    def wait_for_log(self, pattern: str) -> str:
+        end = time.monotonic() + 30
+        while not (found := re.search(pattern, self.log)):
+            assert time.monotonic() < end, self.log
+            time.sleep(0.05)
+        return found[0]
+
+    @contextlib.contextmanager
+    def running(self, *options: str) -> Iterator[subprocess.Popen[str]]:
+        process = self.start(*options)
+        try:
+            end = time.monotonic() + 30
+            while True:
+                with contextlib.suppress(OSError):
+                    self.get("healthz")
+                    break
+                assert process.poll() is None and time.monotonic() < end, self.log
+                time.sleep(0.05)
+            yield process
+        finally:
+            process.terminate()
+            process.wait(20)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+
+    def get(self, path: str, **headers: str) -> Any:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/httptrading/{path}", headers=headers
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Service:
+    return Service(tmp_path)
+
+
+@pytest.fixture
+def hanging(service: Service) -> Service:
+    service.config = f"""
+[[instance]]
+broker = "test_gunicorn:HangingBroker"
+id = "{ID}"
+tokens = ["{TOKEN}"]
+"""
+    return service
+
+
+def test_without_configuration_the_printed_curl_line_works(service: Service) -> None:
+    service.environ["HTTPTRADING_SHOW_TOKEN"] = "1"
+    with service.running():
+        line = service.wait_for_log(r"curl -H 'HT-TOKEN: \S+' \S+")
+        done = re.fullmatch(r"curl -H 'HT-TOKEN: (\S+)' (\S+)", line)
+        assert done
+        request = urllib.request.Request(done[2], headers={"HT-TOKEN": done[1]})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            assert json.load(answer)["cash"]["currency"] == "USD"
+
+
+def test_the_token_is_shown_by_make_run_only(service: Service) -> None:
+    with service.running():
+        service.wait_for_log("one paper account runs")
+    tokens = re.findall(
+        r'tokens = \["(\S+)"\]', next(service.directory.rglob("*.toml")).read_text()
+    )
+    assert len(tokens) == 1 and tokens[0] not in service.log
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("-w", "2"), "workers = 2: httptrading runs as one worker process with threads"),
+        (("-k", "sync", "--threads", "1"), "worker_class = sync: httptrading needs"),
+    ],
+)
+def test_what_would_break_the_rule_of_one_process_is_refused(
+    service: Service, options: tuple[str, ...], reason: str
+) -> None:
+    assert service.start(*options).wait(30) == 1
+    assert reason in service.log
+
+
+def test_a_wrong_configuration_ends_the_start_with_a_list(service: Service) -> None:
+    service.config = f'prot = 1\n[[instance]]\nbroker = "Futuu"\nid = "x"\ntokens = ["{TOKEN}"]\n'
+    assert service.start().wait(30) == 1
+    assert "the configuration has 3 mistakes" in service.log
+    assert "Traceback" not in service.log
+    assert TOKEN not in service.log
+
+
+def test_sigterm_ends_a_service_whose_broker_hangs(hanging: Service) -> None:
+    with hanging.running() as process, hanging.connect() as client:
+        client.sendall(
+            f"GET /httptrading/api/{ID}/cash/state HTTP/1.1\r\nHost: x\r\n"
+            f"HT-TOKEN: {TOKEN}\r\nHT-TIMEOUT: 30\r\n\r\n".encode()
+        )
+        hanging.wait_for_log("connected")
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert client.recv(65536).startswith(b"HTTP/1.1 50")
+        process.wait(20)
+        # 4 s when the hung call has to be killed; the rest is for a busy machine.
+        assert time.monotonic() - began < 8
+
+
+def test_clients_that_never_close_do_not_stall_the_others(service: Service) -> None:
+    """Each of them would hold plain gthread's main loop for 2 s: 20 s in all."""
+    with service.running(), contextlib.ExitStack() as stack:
+        for _ in range(10):
+            client = stack.enter_context(service.connect())
+            client.sendall(b"GET /httptrading/healthz HTTP/1.1\r\nConnection: close\r\n\r\n")
+            assert client.recv(12) == b"HTTP/1.1 200"
+        began = time.monotonic()
+        assert service.get("healthz") == {"status": "ok"}
+        assert time.monotonic() - began < 4
+
+
+def test_silent_connections_take_no_thread(service: Service) -> None:
+    """Each of them would hold one of the 32 threads for 5 s."""
+    with service.running(), contextlib.ExitStack() as stack:
+        for _ in range(200):
+            stack.enter_context(service.connect())
+        began = time.monotonic()
+        assert service.get("healthz") == {"status": "ok"}
+        assert time.monotonic() - began < 4
+
+
+def test_half_a_request_is_given_up(service: Service) -> None:
+    with service.running(), service.connect() as client:
+        client.sendall(b"GET /httptrading/healthz HTTP/1.1\r\nX-Slow: ")
+        assert client.recv(1) == b""
+
+
+def test_sighup_reloads_the_configuration(service: Service) -> None:
+    service.config = f'[[instance]]\nbroker = "Paper"\nid = "{ID}"\ntokens = ["{TOKEN}"]\n'
+    with service.running() as process:
+        state = f"api/{ID}/cash/state"
+        headers = {"HT-TOKEN": TOKEN}
+        assert service.get(state, **headers)["cash"]["amount"] == 100000
+        path = service.directory / "httptrading.toml"
+        path.write_text(service.config.replace(TOKEN, TOKEN[::-1]))
+        process.send_signal(signal.SIGHUP)
+        end = time.monotonic() + 30
+        while True:
+            with contextlib.suppress(OSError):
+                found = service.get(state, **{"HT-TOKEN": TOKEN[::-1]})
+                break
+            assert time.monotonic() < end, service.log
+            time.sleep(0.1)
+        assert found["cash"]["amount"] == 100000
