@@ -657,13 +657,17 @@ class FaultAcceptance(Acceptance):
         self.body(subject, trader.cancel(key=key))
 
     @pytest.mark.parametrize("kind", [FaultKind.ACCEPT_THEN_CUT, FaultKind.ACCEPT_THEN_HANG])
+    @pytest.mark.parametrize("pushes", [True, False], ids=["pushed", "only listed"])
     def test_accepted_without_an_answer(
-        self, subject: Subject, trader: Trader, kind: FaultKind
+        self, subject: Subject, trader: Trader, kind: FaultKind, pushes: bool
     ) -> None:
+        """The order is found by its mark, in a push or in the broker's list."""
         order, key = subject.limit(), subject.key()
         with subject.one_order() as at_exchange:
+            subject.exchange.pushes = pushes
             subject.fault("place", kind)
             answer = trader.place(order, key=key, timeout=1)
+            subject.exchange.pushes = True
             self.refused(answer, 504, "OUTCOME_UNKNOWN", "unknown")
             assert answer.error["clientOrderId"] == key
             node = self.settled(trader, key)

@@ -316,6 +316,7 @@ class Subject:
         """Takes back what a case left behind."""
         self.exchange.clear_faults()
         self.exchange.fill_market_orders = True
+        self.exchange.pushes = True
 
     def key(self) -> str:
         """A client order id that was not used before."""

@@ -144,6 +144,7 @@ class Exchange:
         self.requests: list[Request] = []
         self.fill_market_orders = True
         self.on_change: list[Callable[[ExchangeOrder], None]] = []
+        self.pushes = True  # False: changes are made, but nobody is told
         self._faults: dict[str, deque[Fault]] = defaultdict(deque)
         self._number = 0
 
@@ -256,5 +257,5 @@ class Exchange:
         order.status = status
         order.updated = time.time()
         self.changed.notify_all()
-        for listener in list(self.on_change):
+        for listener in list(self.on_change) if self.pushes else ():
             listener(order)
