@@ -1,7 +1,9 @@
 """Futu's words and ours: every order status, every market state, codes, times and numbers."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -298,6 +300,14 @@ def test_numbers_are_numbers(value: Any) -> None:
     found = words.number(value)
     assert found == (value if isinstance(value, float) and value == value else 0)
     assert isinstance(found, int) or not found.is_integer()
+
+
+def test_the_document_has_every_word() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "brokers" / "futu.md").read_text("utf-8")
+    expected = {one.name for one in fields(words.Arguments)} | set(STATUSES) - {"N/A"}
+    expected |= {state for state in words.MARKET_STATES if not state.startswith("STIB")}
+    expected |= words.SECURITY_FIRMS - {"N/A"}
+    assert {word for word in expected if f"`{word}`" not in text} == set()
 
 
 @pytest.fixture(scope="module")
