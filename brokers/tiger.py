@@ -143,16 +143,22 @@ class Tiger(BaseBroker):
             )
         )
         with self._http.within(min(CONNECT_TIMEOUT, self._timeout)):
-            if self.connection != "account":
-                self._http.open()
-            else:
-                self.take("medium")
-                if not self.ping():
-                    raise BrokerUnavailable(
-                        "Tiger knows no such account for this tiger_id; check both arguments"
-                    )
+            self._http.open()
+            if self.connection == "account":
+                self._introduce()
         if self.connection == "trade":
             self._listen(key)
+
+    def _introduce(self) -> None:
+        """Key, signature and account are checked once, unless the limit forbids to ask now."""
+        try:
+            self.take("medium")
+        except RateLimited:
+            return
+        if not self.ping():
+            raise BrokerUnavailable(
+                "Tiger knows no such account for this tiger_id; check both arguments"
+            )
 
     def _listen(self, key: str) -> None:
         given = self.broker_args
