@@ -574,6 +574,7 @@ class TestLife:
                 return trader.place(ORDER, key="in-flight").ok
 
             wait_for(settled, "the order to be settled or placed")
+            desk.served()
             assert trader.order(key="in-flight")["qty"] == 12
         assert len(exchange.orders) == 1
         assert len(exchange.received("place")) == (2 if kind is FaultKind.HANG else 1)
