@@ -188,5 +188,6 @@ def _contract(value: Any) -> None:
 def _number(value: Any, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         raise NonsenseAnswer(f"{name} of type {type(value).__name__}, not a number")
-    if not math.isfinite(value):
+    # math.isfinite() raises for a signalling NaN, as any arithmetic does.
+    if not (value.is_finite() if isinstance(value, Decimal) else math.isfinite(value)):
         raise NonsenseAnswer(f"{name} that is no finite number")
