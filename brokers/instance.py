@@ -6,6 +6,7 @@ error of the tree. Sections below: reads, placing, cancelling, orders, what the 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import logging
@@ -15,9 +16,11 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,14 @@ from httptrading.brokers.reads import ReadMemory
 from httptrading.brokers.recorder import Recorder
 from httptrading.brokers.settings import InstanceSettings
 from httptrading.brokers.settlement import Settlement
-from httptrading.brokers.worker import Backend, Call, Worker, WorkerState, not_sent_in_time
+from httptrading.brokers.worker import (
+    Backend,
+    Call,
+    NotSentInTime,
+    Worker,
+    WorkerState,
+    not_sent_in_time,
+)
 from httptrading.errors import (
     BrokerUnavailable,
     Busy,
@@ -70,7 +80,9 @@ log = logging.getLogger("httptrading.instance")
 ANSWER_GRACE = 0.1
 """Seconds a waiter stays beyond the deadline for the operation's own account of what happened."""
 
-_NOTHING_SENT = (BrokerUnavailable, Busy, InvalidRequest, RateLimited, TimedOut, Unsupported)
+_NOTHING_SENT = (BrokerUnavailable, InvalidRequest, NotSentInTime, RateLimited, Unsupported)
+"""With these an operation that changes something promises that it did nothing; any other error,
+but for the broker's refusal, leaves it open."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,10 @@ class Placement(Future[str]):
     def __init__(self, request: OrderRequest) -> None:
         super().__init__()
         self.request = request
+        self.mark = ""
         self.call: Call | None = None
+        self.row_id: int | None = None  # None until it is in the journal
+        self.created: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +197,8 @@ class Instance:
         costs = self.broker.costs.get("place_order", ())
         longest = max((self.windows.state()[name].seconds for name in costs), default=0.0)
         if longest:
-            self.windows.remember(costs, self._journal.sent_ages(self.id, longest))
+            with suppress(Busy):
+                self.windows.remember(costs, self._journal.sent_ages(self.id, longest))
         self.settlement.start()
         for worker in self.workers.values():
             worker.start()
@@ -195,6 +211,7 @@ class Instance:
         """Answers what is queued at once, and what is running after at most so many seconds."""
         self._drain_until = time.monotonic() + seconds
         self._draining = True
+        self.settlement.drain(self._drain_until)
         for worker in self.workers.values():
             worker.drain()
 
@@ -325,17 +342,6 @@ class Instance:
     def place(self, request: OrderRequest, client_order_id: str | None, deadline: float) -> Placed:
         """Sends an order at most once per client order id; see the journal for its states."""
         key = client_order_id or new_client_order_id()
-        self._check_allowed(request, deadline)
-        price = None if request.price is None else float(request.price)
-        self.broker.check_order(
-            request.contract,
-            request.order_type,
-            request.time_in_force,
-            request.lifecycle,
-            request.direction,
-            request.qty,
-            price,
-        )
         try:
             return self._place(request, key, deadline)
         except HttpTradingError as error:
@@ -369,8 +375,10 @@ class Instance:
                     if known.state in (PLACED, SEEN):
                         return self._release(key, placement, known)
                     if known.state == REFUSED:
-                        raise _replayed(Rejected(known.order.error_reason))
+                        raise _own(Rejected(known.order.error_reason), replayed=True)
                 if known is None or known.state == NOT_PLACED:
+                    # Only now: an order sent earlier is answered for, whatever is allowed today.
+                    self._check_allowed(request, deadline)
                     self._send(request, key, known.attempt + 1 if known else 1, placement, deadline)
                     return self._await_placement(placement, key, deadline, replayed=False)
             except BaseException as error:
@@ -378,7 +386,7 @@ class Instance:
                 raise
             # Sent earlier with an outcome that is not known yet: never again before it is settled.
             self._give_back(key, placement, _unknown(key))
-            if not self.settlement.wait_for(known.row_id, deadline):
+            if not self.settlement.wait_for(known, deadline):
                 raise _unknown(key)
 
     def _found(self, key: str) -> Placed | None:
@@ -414,17 +422,17 @@ class Instance:
         placement: Placement,
         deadline: float,
     ) -> None:
-        mark = self._journal.mark(self.id, key, attempt)
-        rows: list[int] = []
+        mark = placement.mark = self._journal.mark(self.id, key, attempt)
 
         def begin() -> None:
-            row_id = self._journal.begin(self.id, key, attempt, request)
-            rows.append(row_id)
-            self.settlement.call_began(row_id)
+            self.settlement.call_began(mark)
+            placement.row_id, placement.created = self._journal.begin(
+                self.id, key, attempt, request
+            )
             self._reads.stale()
 
         def finish(order_id: Any, error: HttpTradingError | None) -> None:
-            self._finish_place(rows, order_id, error)
+            self._finish_place(placement, order_id, error)
 
         arguments = {
             "contract": request.contract,
@@ -442,33 +450,44 @@ class Instance:
         placement.call = call
         call.add_done_callback(lambda call: self._placement_ended(key, placement, call))
 
-    def _finish_place(self, rows: list[int], order_id: Any, error: HttpTradingError | None) -> None:
+    def _finish_place(
+        self, placement: Placement, order_id: Any, error: HttpTradingError | None
+    ) -> None:
         """Writes what became of a sent order; on the worker, before anybody is answered."""
         self._reads.stale()
-        if not rows:
-            return  # the journal could not be written, so nothing was sent
-        row_id = rows[0]
+        row_id, mark = placement.row_id, placement.mark
+        if row_id is None:  # the journal could not be written, so nothing was sent
+            self.settlement.call_ended(mark, settled=False)
+            return
+        settled = True
+        if error is None and not _no_id(order_id):
+            write = partial(self._journal.placed, row_id, str(order_id))
+        elif isinstance(error, Rejected):
+            write = partial(self._journal.refused, row_id, error.text)
+        elif isinstance(error, _NOTHING_SENT):
+            write = partial(self._journal.not_placed, row_id, error.text)
+        else:
+            settled = False
+            write = partial(self._journal.unknown, row_id)
+        ended = partial(self.settlement.call_ended, mark, settled=settled)
         try:
-            if error is None and order_id not in (None, "", 0, "0"):
-                self._journal.placed(row_id, str(order_id))
-            elif isinstance(error, Rejected):
-                self._journal.refused(row_id, error.text)
-            elif isinstance(error, _NOTHING_SENT):
-                self._journal.not_placed(row_id, error.text)
-            else:
-                self._journal.unknown(row_id)
-        finally:
-            self.settlement.call_ended(row_id)
+            write()
+        except Busy:
+            # The client is answered all the same; the journal learns it as soon as it can.
+            self._recorder.outcome(self.id, write, ended)
+        else:
+            ended()
 
     def _placement_ended(self, key: str, placement: Placement, call: Future[Any]) -> None:
         self._forget(key, placement)
         error = call.exception()
-        if error is not None:
-            placement.set_exception(error)
-        elif call.result() in (None, "", 0, "0"):
-            placement.set_exception(OutcomeUnknown("The broker answered without an order id"))
-        else:
+        was_sent = placement.row_id is not None
+        if error is None and not _no_id(call.result()):
             placement.set_result(str(call.result()))
+        elif error is None or (was_sent and not isinstance(error, (Rejected, *_NOTHING_SENT))):
+            placement.set_exception(_unknown(key))
+        else:
+            placement.set_exception(error)
 
     def _await_placement(
         self, placement: Placement, key: str, deadline: float, *, replayed: bool
@@ -481,17 +500,25 @@ class Instance:
             if not replayed and call is not None and worker.withdraw(call):
                 error = worker.unavailable() or not_sent_in_time()
                 call.set_exception(error)
-                raise error from None
+                raise _own(error) from None
+            self.settlement.call_late(placement.mark)
             raise _unknown(key) from None
         except HttpTradingError as error:
-            if error.outcome == "unknown" or error.code == "INTERNAL":
-                raise _unknown(key) from None
-            raise (_replayed(error) if replayed else error) from None
-        return Placed(order_id, key, datetime.now(UTC), replayed)
+            raise _own(error, replayed) from None
+        return Placed(order_id, key, placement.created or datetime.now(UTC), replayed)
 
     def _check_allowed(self, request: OrderRequest, deadline: float) -> None:
-        """The instance's own switches: `read_only` and `max_order_value`."""
+        """What the broker takes, and the instance's own switches."""
         self._check_writable()
+        self.broker.check_order(
+            request.contract,
+            request.order_type,
+            request.time_in_force,
+            request.lifecycle,
+            request.direction,
+            request.qty,
+            None if request.price is None else float(request.price),
+        )
         currency = CURRENCIES.get(request.contract.region, "")
         largest = self.settings.largest_order(currency)
         if largest is None:
@@ -544,7 +571,8 @@ class Instance:
                 raise worker.unavailable() or not_sent_in_time() from None
             raise _cancel_unknown() from None
         except HttpTradingError as error:
-            if error.outcome == "unknown" or error.code == "INTERNAL":
+            said_no = isinstance(error, (Rejected, OrderNotFound, *_NOTHING_SENT))
+            if call.began is not None and not said_no:
                 raise _cancel_unknown() from None
             raise
 
@@ -580,6 +608,7 @@ class Instance:
             order_id = self._order_id_of(row)
             if not row.is_open:
                 return row.order  # final is final
+        seen = time.time()
         try:
             found = self._read("order", deadline, fresh=fresh, order_id=order_id)
         except (OrderNotFound, Unsupported):
@@ -587,7 +616,10 @@ class Instance:
                 raise
             return row.order
         report = found if isinstance(found, OrderReport) else OrderReport(found)
-        recorded = self._record([report])
+        try:
+            recorded = self._journal.record(self.id, [report], seen)
+        except Busy:
+            return report.order  # the broker's answer is worth more than its record
         return recorded[0].order if recorded else report.order
 
     def orders(
@@ -600,14 +632,36 @@ class Instance:
         fresh: bool = False,
     ) -> list[JournalOrder]:
         """The account's orders, newest first: the broker's list joined to the journal."""
-        if offers(type(self.broker), "recent_orders"):
-            self._record(self._read("recent_orders", deadline, fresh=fresh))
-        return self._journal.orders(self.id, open_=open_, since=since, limit=limit)
+        unwritten: list[JournalOrder] = []
+        if self.lists_orders:
+            seen = time.time()
+            reports = self._read("recent_orders", deadline, fresh=fresh)
+            try:
+                self._journal.record(self.id, reports, seen)
+            except Busy:
+                unwritten = self._journal.joined(self.id, reports)
+        rows = self._journal.orders(self.id, open_=open_, since=since, limit=limit)
+        if not unwritten:
+            return rows
+        newer = {row.order_id: row for row in (*rows, *unwritten)}
+        wanted = [
+            row
+            for row in newer.values()
+            if row.state in (PLACED, SEEN)
+            and (open_ is None or row.is_open == open_)
+            and (since is None or row.created >= since)
+        ]
+        return sorted(wanted, key=lambda row: row.created, reverse=True)[:limit]
+
+    @property
+    def lists_orders(self) -> bool:
+        """Whether the broker has a listing that an order can be looked for in."""
+        return offers(type(self.broker), "recent_orders") and "recent_orders" in self._worker_of
 
     def fills(self, order_id: str, deadline: float, *, fresh: bool = False) -> list[Fill]:
         """An order's executions, oldest first: the broker's joined to the journal's."""
-        row = self._journal.by_order_id(self.id, order_id)
-        known = self._journal.fills(self.id, order_id)
+        row = self._row(order_id, None)
+        known = self._known_fills(order_id)
         filled = sum((_decimal(fill.qty) for fill in known), Decimal(0))
         if row is not None and not row.is_open and filled == row.order.filled_qty:
             return known
@@ -617,10 +671,20 @@ class Instance:
             if row is None and not known:
                 raise
             return known
-        self._journal.record_fills(self.id, found)
         if row is None and not found:
             self.order(order_id, None, deadline)  # OrderNotFound for an id nobody knows
-        return self._journal.fills(self.id, order_id)
+        try:
+            self._journal.record_fills(self.id, found)
+        except Busy:
+            joined = {fill.fill_id: fill for fill in (*found, *known)}
+            return sorted(joined.values(), key=lambda fill: (fill.time, fill.fill_id))
+        return self._known_fills(order_id)
+
+    def _known_fills(self, order_id: str) -> list[Fill]:
+        try:
+            return self._journal.fills(self.id, order_id)
+        except Busy:
+            return []  # the broker may still know them
 
     def list_recent(self, deadline: float) -> list[OrderReport]:
         """A complete listing from the broker, begun now; for settlement."""
@@ -651,16 +715,10 @@ class Instance:
             raise OrderNotFound(f"The broker refused the order: {row.order.error_reason}")
         return row.order_id
 
-    def _record(self, reports: list[OrderReport]) -> list[JournalOrder]:
-        try:
-            return self._journal.record(self.id, reports)
-        except Busy:
-            return []  # the broker's answer is worth more than its record
-
     # --- what the workers tell (Listener) -------------------------------------------------------
     def on_reports(self, reports: Iterable[OrderReport]) -> None:
         self._reads.stale()
-        self._recorder.reports(self.id, tuple(reports), self.settlement.news)
+        self._recorder.reports(self.id, tuple(reports), time.time(), self.settlement.news)
 
     def on_fills(self, fills: Iterable[Fill]) -> None:
         self._reads.stale()
@@ -719,6 +777,13 @@ def _cancel_unknown() -> OutcomeUnknown:
     )
 
 
-def _replayed(error: HttpTradingError) -> HttpTradingError:
-    error.replayed = True
-    return error
+def _own(error: HttpTradingError, replayed: bool = False) -> HttpTradingError:
+    """A copy of an error that several requests are answered with: each marks its own."""
+    mine = copy.copy(error)
+    mine.replayed = replayed
+    return mine
+
+
+def _no_id(order_id: Any) -> bool:
+    """Whether a broker's answer to a placement names no order."""
+    return order_id in (None, "", 0, "0")

@@ -26,9 +26,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import SQLAlchemyError
 
 from httptrading.errors import Busy
@@ -59,6 +61,13 @@ UNSETTLED = (SENDING, UNKNOWN)
 
 _metadata = sa.MetaData()
 
+
+def _name(length: int) -> sa.String:
+    """A name in which case matters; elsewhere than in MySQL it does anyway."""
+    exact = mysql.VARCHAR(length, charset="utf8mb4", collation="utf8mb4_bin")
+    return sa.String(length).with_variant(exact, "mysql", "mariadb")
+
+
 _about = sa.Table(
     "about",
     _metadata,
@@ -70,12 +79,12 @@ _orders = sa.Table(
     "orders",
     _metadata,
     sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("instance_id", sa.String(32), nullable=False),
-    sa.Column("client_order_id", sa.String(64)),
+    sa.Column("instance_id", _name(32), nullable=False),
+    sa.Column("client_order_id", _name(64)),
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("mark", sa.String(24)),
     sa.Column("state", sa.String(12), nullable=False),
-    sa.Column("order_id", sa.String(64)),
+    sa.Column("order_id", _name(64)),
     sa.Column("trade_type", sa.String(16)),
     sa.Column("region", sa.String(8)),
     sa.Column("ticker", sa.String(16)),
@@ -85,16 +94,18 @@ _orders = sa.Table(
     sa.Column("lifecycle", sa.String(16)),
     # Decimals as text: exact in every database.
     sa.Column("price", sa.String(40)),
-    sa.Column("qty", sa.String(40), nullable=False),
+    sa.Column("asked_qty", sa.String(40)),
+    sa.Column("qty", sa.String(40), nullable=False),  # the order's now; changed in a broker's app
     sa.Column("currency", sa.String(8), nullable=False),
     sa.Column("filled_qty", sa.String(40), nullable=False),
     sa.Column("avg_price", sa.String(40), nullable=False),
+    sa.Column("priced_qty", sa.String(40), nullable=False),  # the filled_qty that avg_price is of
     sa.Column("error_reason", sa.Text, nullable=False),
     sa.Column("is_canceled", sa.Boolean, nullable=False),
     sa.Column("is_pending_cancel", sa.Boolean, nullable=False),
     sa.Column("is_open", sa.Boolean, nullable=False),  # may still change at the broker
-    sa.Column("created", sa.Float, nullable=False),  # seconds since the epoch
-    sa.Column("updated", sa.Float, nullable=False),
+    sa.Column("created", sa.Double, nullable=False),  # seconds since the epoch
+    sa.Column("updated", sa.Double, nullable=False),
     sa.UniqueConstraint("instance_id", "client_order_id", "attempt"),
     sa.UniqueConstraint("instance_id", "mark"),
     sa.Index("orders_by_order_id", "instance_id", "order_id"),
@@ -106,12 +117,12 @@ _orders = sa.Table(
 _fills = sa.Table(
     "fills",
     _metadata,
-    sa.Column("instance_id", sa.String(32), primary_key=True),
-    sa.Column("order_id", sa.String(64), primary_key=True),
-    sa.Column("fill_id", sa.String(64), primary_key=True),
+    sa.Column("instance_id", _name(32), primary_key=True),
+    sa.Column("order_id", _name(64), primary_key=True),
+    sa.Column("fill_id", _name(64), primary_key=True),
     sa.Column("qty", sa.String(40), nullable=False),
     sa.Column("price", sa.String(40), nullable=False),
-    sa.Column("time", sa.Float, nullable=False),
+    sa.Column("time", sa.Double, nullable=False),
 )
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = ((),)
@@ -148,6 +159,7 @@ class JournalOrder:
     time_in_force: TimeInForce | None
     lifecycle: Lifecycle | None
     price: Decimal | None
+    asked_qty: Decimal | None
     is_open: bool
     created: datetime
     updated: datetime
@@ -163,7 +175,7 @@ class JournalOrder:
             and self.order_type == request.order_type
             and self.time_in_force == request.time_in_force
             and self.lifecycle == request.lifecycle
-            and self.order.qty == request.qty
+            and self.asked_qty == request.qty
             and self.price == request.price
         )
 
@@ -175,22 +187,37 @@ class Journal:
     """
 
     def __init__(self, url: str) -> None:
-        """`url`: any SQLAlchemy URL; `sqlite:///path` gets WAL, full sync and mode 0600."""
+        """`url`: any SQLAlchemy URL; `sqlite:///path` gets WAL, full sync and mode 0600.
+
+        A journal that cannot be opened now (disk full) is tried again with each use; one of a
+        newer version is a ValueError.
+        """
         self._reader = sa.create_engine(url, pool_size=8, max_overflow=40)
         self._writer = sa.create_engine(url, pool_size=1)
         self._write_lock = threading.Lock()
+        self._opening = threading.Lock()
+        self._gateway_id: str | None = None
+        self._file: Path | None = None
         if self._writer.dialect.name == "sqlite":
+            database = self._writer.url.database
+            if database in (None, "", ":memory:"):
+                raise ValueError("The order journal needs a database that outlives the process.")
+            self._file = Path(str(database))
             sa.event.listen(self._writer, "connect", _sqlite_connect)
             sa.event.listen(self._writer, "begin", _sqlite_begin)
-            database = self._writer.url.database
-            if database:
-                Path(database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                os.close(os.open(database, os.O_CREAT | os.O_RDWR, 0o600))
-        self.gateway_id = self._migrate()
+        try:
+            self._open()
+        except Busy:
+            log.error("orders are refused until the journal can be opened")
 
     def close(self) -> None:
         self._reader.dispose()
         self._writer.dispose()
+
+    @property
+    def gateway_id(self) -> str:
+        """Made once for each journal, so that no two gateways make the same mark."""
+        return self._open()
 
     # --- placing ------------------------------------------------------------------------------
     def mark(self, instance_id: str, client_order_id: str, attempt: int) -> str:
@@ -201,8 +228,8 @@ class Journal:
 
     def begin(
         self, instance_id: str, client_order_id: str, attempt: int, request: OrderRequest
-    ) -> int:
-        """Records durably that this order is about to be sent; returns the row's id."""
+    ) -> tuple[int, datetime]:
+        """Records durably that this order is about to be sent; the row's id and its time."""
         now = time.time()
         values = {
             "instance_id": instance_id,
@@ -218,10 +245,12 @@ class Journal:
             "time_in_force": request.time_in_force.name,
             "lifecycle": request.lifecycle.name,
             "price": _text(request.price),
+            "asked_qty": _text(request.qty),
             "qty": _text(request.qty),
             "currency": CURRENCIES.get(request.contract.region, ""),
             "filled_qty": "0",
             "avg_price": "0",
+            "priced_qty": "0",
             "error_reason": "",
             "is_canceled": False,
             "is_pending_cancel": False,
@@ -230,94 +259,112 @@ class Journal:
             "updated": now,
         }
         with self._writing() as connection:
-            statement = sa.insert(_orders).values(values).returning(_orders.c.id)
-            return int(connection.execute(statement).scalar_one())
+            inserted = connection.execute(sa.insert(_orders).values(values)).inserted_primary_key
+        assert inserted is not None
+        return int(inserted[0]), datetime.fromtimestamp(now, UTC)
 
     def placed(self, row_id: int, order_id: str) -> None:
         """The broker took it under this id. What a push said of the id meanwhile is joined."""
         with self._writing() as connection:
             row = connection.execute(sa.select(_orders).where(_orders.c.id == row_id)).one()
-            early = connection.execute(
-                sa.select(_orders).where(
-                    _orders.c.instance_id == row.instance_id,
-                    _orders.c.order_id == order_id,
-                    _orders.c.state == SEEN,
-                )
-            ).first()
-            values: dict[str, Any] = {"state": PLACED, "order_id": order_id, "updated": time.time()}
-            if early is not None:
-                connection.execute(sa.delete(_orders).where(_orders.c.id == early.id))
-                values |= _merged(_order_of(row), _order_of(early), row.is_open)
-            connection.execute(sa.update(_orders).where(_orders.c.id == row_id).values(values))
+            values = {"state": PLACED, "order_id": order_id, "updated": time.time()}
+            if row.state in (NOT_PLACED, REFUSED):
+                values |= {"error_reason": "", "is_open": True}
+            self._change(connection, row, values)
 
     def refused(self, row_id: int, reason: str) -> None:
-        """The broker said no; there is no such order."""
-        self._set(row_id, state=REFUSED, error_reason=reason, is_open=False)
+        """The broker said no; there is no such order. (Unless a part of it has been filled.)"""
+        self._set(
+            row_id,
+            _orders.c.filled_qty == "0",
+            state=REFUSED,
+            error_reason=reason,
+            is_open=False,
+        )
 
     def unknown(self, row_id: int) -> None:
         """Sent, and no clear answer came."""
-        self._set(row_id, only=(SENDING,), state=UNKNOWN)
+        self._set(row_id, _orders.c.state == SENDING, state=UNKNOWN)
 
     def not_placed(self, row_id: int, reason: str) -> None:
         """Proved not to be at the broker: nothing was sent, or the broker's lists lack it."""
-        self._set(row_id, only=UNSETTLED, state=NOT_PLACED, error_reason=reason, is_open=False)
+        unsettled = _orders.c.state.in_(UNSETTLED)
+        self._set(row_id, unsettled, state=NOT_PLACED, error_reason=reason, is_open=False)
 
-    def _set(self, row_id: int, only: Iterable[str] | None = None, **values: Any) -> None:
-        statement = sa.update(_orders).where(_orders.c.id == row_id)
-        if only is not None:
-            statement = statement.where(_orders.c.state.in_(tuple(only)))
+    def _set(self, row_id: int, still: sa.ColumnElement[bool], **values: Any) -> None:
+        """Changes the row as long as `still` holds for it."""
+        statement = sa.update(_orders).where(_orders.c.id == row_id, still)
         with self._writing() as connection:
             connection.execute(statement.values(updated=time.time(), **values))
 
     # --- what the broker says -----------------------------------------------------------------
-    def record(self, instance_id: str, reports: Iterable[OrderReport]) -> list[JournalOrder]:
+    def record(
+        self, instance_id: str, reports: Iterable[OrderReport], seen: float | None = None
+    ) -> list[JournalOrder]:
         """Joins what a list, a query or a push said to what is known, and returns the rows.
 
-        Filled quantity never goes down, a final state is final. Writes only what changed.
+        `seen`: when the broker was asked, or the push came in (`time.time()`; None: now). Filled
+        quantity never goes down, a final state is final. Writes only what changed.
         """
-        rows = []
+        reports, moment = list(reports), time.time() if seen is None else seen
         with self._connected() as connection:
-            planned = [(report, *self._plan(connection, instance_id, report)) for report in reports]
-        if any(values for _, _, values in planned):
+            planned = [self._plan(connection, instance_id, one, moment) for one in reports]
+        if any(values for _, values in planned):
             with self._writing() as connection:
-                for report, _, _ in planned:
-                    row, values = self._plan(connection, instance_id, report)
+                for report in reports:
+                    row, values = self._plan(connection, instance_id, report, moment)
                     if values and row is not None:
-                        connection.execute(
-                            sa.update(_orders).where(_orders.c.id == row.id).values(values)
-                        )
+                        self._change(connection, row, values)
                     elif values:
                         connection.execute(sa.insert(_orders).values(values))
         with self._connected() as connection:
-            for report, _, _ in planned:
-                found = self._find(connection, instance_id, report)
-                if found is not None:
-                    rows.append(_journal_order(found))
+            found = [self._find(connection, instance_id, report) for report in reports]
+        return [_journal_order(row) for row in found if row is not None]
+
+    def joined(self, instance_id: str, reports: Iterable[OrderReport]) -> list[JournalOrder]:
+        """The rows as `record` would leave them, when they cannot be written."""
+        empty = dict.fromkeys(_orders.c.keys())
+        rows = []
+        with self._connected() as connection:
+            for report in reports:
+                row, values = self._plan(connection, instance_id, report, time.time())
+                known = dict(row._mapping) if row is not None else {**empty, "id": 0}
+                if row is not None or values:
+                    rows.append(_journal_order(SimpleNamespace(**(known | values))))
         return rows
 
     def _find(
         self, connection: sa.Connection, instance_id: str, report: OrderReport
     ) -> sa.Row[Any] | None:
-        mine = _orders.c.instance_id == instance_id
+        """The row of a report: by its mark, else by its order id.
+
+        One order has one id and one mark, so neither may contradict the row's.
+        """
+        mine, order_id = _orders.c.instance_id == instance_id, report.order.order_id
         if report.mark:
             row = connection.execute(
                 sa.select(_orders).where(mine, _orders.c.mark == report.mark)
             ).first()
-            if row is not None:
+            if row is not None and (not order_id or row.order_id in (None, order_id)):
                 return row
-        return connection.execute(
-            sa.select(_orders)
-            .where(mine, _orders.c.order_id == report.order.order_id)
-            .order_by(_orders.c.id.desc())
-        ).first()
+        if not order_id:
+            return None
+        statement = sa.select(_orders).where(mine, _orders.c.order_id == order_id)
+        if report.mark:
+            statement = statement.where(
+                sa.or_(_orders.c.mark.is_(None), _orders.c.mark == report.mark)
+            )
+        return connection.execute(statement.order_by(_orders.c.id.desc()).limit(1)).first()
 
     def _plan(
-        self, connection: sa.Connection, instance_id: str, report: OrderReport
+        self, connection: sa.Connection, instance_id: str, report: OrderReport, moment: float
     ) -> tuple[sa.Row[Any] | None, dict[str, Any]]:
         """The row a report belongs to, and what it changes there (nothing: no news)."""
         row = self._find(connection, instance_id, report)
         order = report.order
         now = time.time()
+        if row is None and not order.order_id:
+            return None, {}
         if row is None:
             return None, {
                 "instance_id": instance_id,
@@ -326,24 +373,44 @@ class Journal:
                 "order_id": order.order_id,
                 **_asked(report),
                 **_known(order),
+                "priced_qty": _text(order.filled_qty) if order.avg_price else "0",
                 "is_open": not order.is_completed,
                 "created": report.time.timestamp() if report.time else now,
                 "updated": now,
             }
-        values: dict[str, Any] = _merged(_order_of(row), order, row.is_open)
-        if order.order_id and row.order_id != order.order_id:
+        # News from before the refusal (a push that was overtaken) does not call it in question.
+        alive = order.filled_qty > 0 or (not order.is_completed and moment > row.updated)
+        revived = row.state in (NOT_PLACED, REFUSED) and alive
+        values = _merged(row, order, revived)
+        if order.order_id and row.order_id is None:
             values["order_id"] = order.order_id
-        proven = row.state in UNSETTLED or (
-            row.state in (NOT_PLACED, REFUSED) and (order.filled_qty > 0 or not order.is_completed)
-        )
-        if proven:
-            if row.state in (NOT_PLACED, REFUSED):
-                log.error("an order that counted as %s is at the broker after all", row.state)
-                values |= {"error_reason": order.error_reason, "is_open": not order.is_completed}
+        if revived or (row.state in UNSETTLED and order.order_id):
             values["state"] = PLACED
         if values:
             values["updated"] = now
         return row, values
+
+    @staticmethod
+    def _change(connection: sa.Connection, row: sa.Row[Any], values: dict[str, Any]) -> None:
+        """Writes the values. When they give the row its order id, what was seen of that id since
+        the row began (a push without a mark) was this order: the two become one."""
+        if row.state in (NOT_PLACED, REFUSED) and values.get("state") == PLACED:
+            log.error("an order that counted as %s is at the broker after all", row.state)
+        order_id = values.get("order_id")
+        if order_id is not None:
+            early = connection.execute(
+                sa.select(_orders).where(
+                    _orders.c.instance_id == row.instance_id,
+                    _orders.c.order_id == order_id,
+                    _orders.c.state == SEEN,
+                    _orders.c.id > row.id,
+                )
+            ).first()
+            if early is not None:
+                connection.execute(sa.delete(_orders).where(_orders.c.id == early.id))
+                now = SimpleNamespace(**(dict(row._mapping) | values))
+                values = values | _merged(now, _order_of(early))
+        connection.execute(sa.update(_orders).where(_orders.c.id == row.id).values(values))
 
     def record_fills(self, instance_id: str, fills: Iterable[Fill]) -> None:
         """Keeps executions; one that is known already changes nothing."""
@@ -460,35 +527,73 @@ class Journal:
     def _writing(self) -> Iterator[sa.Connection]:
         """One durable transaction. One writer at a time: SQLite has no more, and waiting here is
         cheaper than in its busy handler."""
-        with self._write_lock:
-            try:
-                with self._writer.begin() as connection:
-                    yield connection
-            except SQLAlchemyError as error:
-                log.error("the journal cannot be written (%s)", type(error).__name__)
-                raise Busy(
-                    "The order journal cannot be written (is the disk full?).", retry_after=5
-                ) from None
+        self._open()
+        with self._write_lock, self._write_transaction() as connection:
+            yield connection
+
+    @contextmanager
+    def _write_transaction(self) -> Iterator[sa.Connection]:
+        try:
+            with self._writer.begin() as connection:
+                yield connection
+        except SQLAlchemyError as error:
+            log.error("the journal cannot be written (%s)", _cause(error))
+            raise Busy(
+                "The order journal cannot be written (is the disk full?); nothing was sent.",
+                retry_after=5,
+            ) from None
 
     @contextmanager
     def _connected(self) -> Iterator[sa.Connection]:
+        self._open()
         try:
             with self._reader.connect() as connection:
                 yield connection
         except SQLAlchemyError as error:
-            log.error("the journal cannot be read (%s)", type(error).__name__)
-            raise Busy("The order journal cannot be read.", retry_after=5) from None
+            log.error("the journal cannot be read (%s)", _cause(error))
+            raise Busy(
+                "The order journal cannot be read; nothing was sent.", retry_after=5
+            ) from None
+
+    def _open(self) -> str:
+        """Creates or upgrades the tables once; returns this gateway's own id."""
+        if self._gateway_id is None:
+            with self._opening:
+                if self._gateway_id is None:
+                    self._gateway_id = self._current() or self._migrate()
+        return self._gateway_id
+
+    def _current(self) -> str | None:
+        """The gateway's id when there is nothing to create or upgrade: a journal on a full disk
+        can still be read."""
+        if self._file is not None and not self._file.exists():
+            return None
+        try:
+            with self._reader.connect() as connection:
+                about = _about_of(connection)
+        except SQLAlchemyError:
+            return None
+        if about.get("schema_version") != str(len(MIGRATIONS)):
+            return None
+        return about.get("gateway_id")
 
     def _migrate(self) -> str:
-        """Creates or upgrades the tables; returns this gateway's own id, made once."""
-        with self._writing() as connection:
-            _metadata.create_all(connection)
-            about: Mapping[str, str] = {
-                row.name: row.value for row in connection.execute(sa.select(_about))
-            }
+        if self._file is not None:
+            try:
+                self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                os.close(os.open(self._file, os.O_CREAT | os.O_RDWR, 0o600))
+            except OSError as error:
+                log.error("the journal's file cannot be made (%s)", error.strerror)
+                raise Busy(
+                    "The order journal cannot be made; nothing was sent.", retry_after=5
+                ) from None
+        with self._write_lock, self._write_transaction() as connection:
+            is_there = sa.inspect(connection).has_table(_about.name)
+            about = _about_of(connection) if is_there else {}
             version = int(about.get("schema_version", len(MIGRATIONS)))
             if version > len(MIGRATIONS):
                 raise ValueError("The journal was written by a newer version of httptrading.")
+            _metadata.create_all(connection)
             for statements in MIGRATIONS[version:]:
                 for statement in statements:
                     connection.execute(sa.text(statement))
@@ -500,42 +605,66 @@ class Journal:
                 if about.get(name) != value:
                     connection.execute(sa.delete(_about).where(_about.c.name == name))
                     connection.execute(sa.insert(_about).values(name=name, value=value))
-            return values["gateway_id"]
+        return values["gateway_id"]
 
 
-def merge(known: Order, news: Order, is_open: bool = True) -> Order:
+def _about_of(connection: sa.Connection) -> Mapping[str, str]:
+    return {row.name: row.value for row in connection.execute(sa.select(_about))}
+
+
+def _cause(error: SQLAlchemyError) -> str:
+    """The database's own words, which hold no values; never the statement."""
+    origin = getattr(error, "orig", None)
+    return f"{type(error).__name__}: {origin}" if origin is not None else type(error).__name__
+
+
+def merge(
+    known: Order, news: Order, is_open: bool = True, priced_qty: Number | None = None
+) -> Order:
     """What is known after the news: fills only grow, a final state stays.
+
+    `priced_qty`: how much of the filled quantity the known average price is of (None: all). A
+    report that counts more fills without a price leaves the price as it is until one is told.
 
     >>> merge(Order("1", "USD", 10, 5, 2.0), Order("1", "USD", 10, 3, 9.0)).filled_qty
     5
     """
-    more = news.filled_qty > known.filled_qty
-    first_price = news.filled_qty == known.filled_qty and not known.avg_price
+    if priced_qty is None:
+        priced_qty = known.filled_qty if known.avg_price else 0
+    older = news.filled_qty < known.filled_qty
+    priced = bool(news.avg_price) and not older and news.filled_qty > priced_qty
     merged = replace(
         known,
         order_id=news.order_id or known.order_id,
         currency=news.currency or known.currency,
-        filled_qty=news.filled_qty if more else known.filled_qty,
-        avg_price=news.avg_price if more or first_price else known.avg_price,
+        filled_qty=known.filled_qty if older else news.filled_qty,
+        avg_price=news.avg_price if priced else known.avg_price,
     )
-    if is_open and not known.is_completed:
-        merged = replace(
-            merged,
-            qty=news.qty or known.qty,
-            error_reason=news.error_reason,
-            is_canceled=news.is_canceled,
-            is_pending_cancel=news.is_pending_cancel and not news.is_completed,
-        )
-    return merged
+    failed = news.is_canceled or bool(news.error_reason)
+    if not is_open or known.is_completed or (older and not failed):
+        return merged
+    merged = replace(
+        merged,
+        qty=known.qty if older else news.qty or known.qty,
+        error_reason=news.error_reason,
+        is_canceled=news.is_canceled,
+        is_pending_cancel=news.is_pending_cancel,
+    )
+    return replace(merged, is_pending_cancel=merged.is_pending_cancel and not merged.is_completed)
 
 
-def _merged(known: Order, news: Order, is_open: bool) -> dict[str, Any]:
-    """The columns that the news changes."""
-    merged = merge(known, news, is_open)
+def _merged(row: Any, news: Order, revived: bool = False) -> dict[str, Any]:
+    """The columns that the news changes. `revived`: the row counted as no order until now."""
+    known = _order_of(row)
+    base = replace(known, error_reason="") if revived else known
+    merged = merge(base, news, row.is_open or revived, Decimal(row.priced_qty))
     before, after = _known(known), _known(merged)
     values = {name: after[name] for name in after if after[name] != before[name]}
-    if is_open and merged.is_completed:
-        values["is_open"] = False
+    if "avg_price" in values:
+        values["priced_qty"] = _text(news.filled_qty)
+    is_open = (row.is_open or revived) and not merged.is_completed
+    if is_open != row.is_open:
+        values["is_open"] = is_open
     return values
 
 
@@ -562,6 +691,7 @@ def _asked(report: OrderReport) -> dict[str, Any]:
         "time_in_force": report.time_in_force.name if report.time_in_force else None,
         "lifecycle": report.lifecycle.name if report.lifecycle else None,
         "price": _text(report.price),
+        "asked_qty": _text(report.order.qty),
     }
 
 
@@ -569,8 +699,10 @@ def _text(number: Number | None) -> str | None:
     """A number's plain decimal digits, without trailing zeros: equal numbers, equal text."""
     if number is None:
         return None
-    value = number if isinstance(number, Decimal) else Decimal(repr(number))
-    text = format(value, "f")
+    # float() and int() first: a subclass (numpy's) has a repr of its own.
+    if not isinstance(number, Decimal):
+        number = Decimal(repr(float(number) if isinstance(number, float) else int(number)))
+    text = format(number, "f")
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
@@ -604,6 +736,7 @@ def _journal_order(row: Any) -> JournalOrder:
         time_in_force=TimeInForce[row.time_in_force] if row.time_in_force else None,
         lifecycle=Lifecycle[row.lifecycle] if row.lifecycle else None,
         price=Decimal(row.price) if row.price is not None else None,
+        asked_qty=Decimal(row.asked_qty) if row.asked_qty is not None else None,
         is_open=row.is_open,
         created=datetime.fromtimestamp(row.created, UTC),
         updated=datetime.fromtimestamp(row.updated, UTC),

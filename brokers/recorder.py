@@ -1,6 +1,7 @@
-"""Writes what pushes say to the journal, off the threads that must not wait.
+"""Writes to the journal off the threads that must not wait: pushes, and what failed to be written.
 
 A push storm becomes few transactions: whatever has come in since the last one is written together.
+While the journal cannot be written (disk full), everything is kept and tried again.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,14 +21,20 @@ log = logging.getLogger("httptrading.journal")
 
 BATCH = 500
 MOST_WAITING = 100_000
-"""Beyond (a journal that cannot be written for long), news is dropped: the broker still has it."""
+"""Beyond (a journal that cannot be written for long), pushes are dropped: the broker still has what
+they said."""
+
+RETRY = 0.5
+"""Seconds between two attempts to write."""
 
 
 @dataclass
 class _News:
     instance_id: str
+    seen: float
     reports: tuple[OrderReport, ...] = ()
     fills: tuple[Fill, ...] = ()
+    write: Callable[[], None] | None = None
     written: Callable[[], None] | None = None
 
 
@@ -36,6 +44,7 @@ class Recorder:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._queue: queue.SimpleQueue[_News | None] = queue.SimpleQueue()
+        self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="httptrading-recorder", daemon=True)
 
     def start(self) -> None:
@@ -43,30 +52,42 @@ class Recorder:
 
     def stop(self, seconds: float) -> None:
         """Writes what has come in so far, then ends."""
+        self._stopping.set()
         self._queue.put(None)
         self._thread.join(seconds)
 
     def reports(
-        self, instance_id: str, reports: tuple[OrderReport, ...], written: Callable[[], None]
+        self,
+        instance_id: str,
+        reports: tuple[OrderReport, ...],
+        seen: float,
+        written: Callable[[], None],
     ) -> None:
-        """`written` is called once they are in the journal."""
-        self._put(_News(instance_id, reports=reports, written=written))
+        """`seen`: when the push came in (`time.time()`); `written` is called once it is in the
+        journal."""
+        self._put(_News(instance_id, seen, reports=reports, written=written))
 
     def fills(self, instance_id: str, fills: tuple[Fill, ...]) -> None:
-        self._put(_News(instance_id, fills=fills))
+        self._put(_News(instance_id, time.time(), fills=fills))
+
+    def outcome(
+        self, instance_id: str, write: Callable[[], None], written: Callable[[], None]
+    ) -> None:
+        """What became of a sent order, which could not be written just now; never dropped."""
+        self._queue.put(_News(instance_id, time.time(), write=write, written=written))
 
     def _put(self, news: _News) -> None:
         if self._queue.qsize() < MOST_WAITING:
             self._queue.put(news)
 
     def _run(self) -> None:
-        stopping = False
-        while not stopping:
+        ended = False
+        while not ended:
             batch: list[_News] = []
             item = self._queue.get()
             while True:
                 if item is None:
-                    stopping = True
+                    ended = True
                     break
                 batch.append(item)
                 if len(batch) >= BATCH:
@@ -80,17 +101,34 @@ class Recorder:
     def _write(self, batch: list[_News]) -> None:
         for instance_id in dict.fromkeys(news.instance_id for news in batch):
             mine = [news for news in batch if news.instance_id == instance_id]
+            if not self._written(mine) and len(mine) > 1:
+                for news in mine:  # one of them is odd; the others are not to be lost with it
+                    self._written([news])
+
+    def _written(self, mine: list[_News]) -> bool:
+        """False for something that cannot be recorded. Waits while the journal cannot be written,
+        unless the service is stopping."""
+        while True:
             try:
-                self._journal.record(
-                    instance_id, [report for news in mine for report in news.reports]
-                )
-                self._journal.record_fills(
-                    instance_id, [fill for news in mine for fill in news.fills]
-                )
+                self._record(mine)
             except Busy:
-                log.error("%d pushes could not be recorded", len(mine))
+                if not self._stopping.wait(RETRY):
+                    continue
+                log.error("the journal could not be written until the end; pushes are lost")
             except Exception:
-                log.exception("recording pushes failed")
-            for news in mine:
-                if news.written is not None:
-                    news.written()
+                log.exception("recording %d pushes failed", len(mine))
+                return False
+            return True
+
+    def _record(self, mine: list[_News]) -> None:
+        instance_id = mine[0].instance_id
+        for news in mine:
+            if news.write is not None:
+                news.write()
+        reports = [report for news in mine for report in news.reports]
+        self._journal.record(instance_id, reports, min(news.seen for news in mine))
+        fills = [fill for news in mine for fill in news.fills]
+        self._journal.record_fills(instance_id, fills)
+        for news in mine:
+            if news.written is not None:
+                news.written()

@@ -13,8 +13,8 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from httptrading.brokers.journal import UNSETTLED, Journal, JournalOrder
-from httptrading.errors import BrokerUnavailable, HttpTradingError, Unsupported
+from httptrading.brokers.journal import PLACED, UNSETTLED, Journal, JournalOrder
+from httptrading.errors import Busy, HttpTradingError, Unsupported
 from httptrading.model import OrderReport
 
 if TYPE_CHECKING:
@@ -28,22 +28,36 @@ LISTING_SECONDS = 20.0
 LISTINGS = 2
 """In how many listings an order must be missing before it counts as not placed."""
 
+FIRST_LOOK = 0.3
+"""Seconds from an unknown outcome to the first listing: most accepted orders show at once."""
+
+LEAST_PAUSE, GROWTH, LONGEST_PAUSE = 0.2, 1.5, 30.0
+"""Seconds between two listings: at least the broker's `listing_delay`, then more and more."""
+
 LOOK_UP = 10
 """Open orders missing from the listing after a reconnect that are asked for one by one."""
 
+POLL = 0.25
+"""Seconds between two looks into the journal while somebody waits for a row."""
+
 
 class Settlement:
-    """One instance's thread; it sleeps while there is nothing to settle."""
+    """One instance's thread; it sleeps while nothing is to be settled. Orders go by their mark."""
 
     def __init__(self, instance: Instance, journal: Journal) -> None:
         self._instance = instance
         self._journal = journal
         self._changed = threading.Condition()
-        self._running: set[int] = set()  # rows whose SDK call has not ended
-        self._since: dict[int, float] = {}  # row → since when its call is over, monotonic
-        self._misses: dict[int, int] = {}
+        self._calls: set[str] = set()  # orders whose SDK call has not ended
+        self._late: set[str] = set()  # those of them that nobody waits for any more
+        self._over: dict[str, float] = {}  # unsettled order → when its call was over, monotonic
+        self._misses: dict[str, int] = {}
+        self._born = time.monotonic()  # calls of earlier lives of the service were over by then
+        self._next: float | None = None  # when to look next, monotonic
+        self._looked = float("-inf")  # when the last listing was begun, monotonic
+        self._looks = 0  # listings since the last event
         self._resync = False
-        self._due = False
+        self._drain_until = float("inf")
         self._stopped = False
         self._thread = threading.Thread(
             target=self._run, name=f"httptrading-settle-{instance.masked_id}", daemon=True
@@ -53,26 +67,46 @@ class Settlement:
         if not self._thread.is_alive():
             self._thread.start()
 
+    def drain(self, until: float) -> None:
+        """Nobody waits for a row longer than that (monotonic)."""
+        with self._changed:
+            self._drain_until = until
+            self._changed.notify_all()
+
     def stop(self) -> None:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
 
     # --- told by the instance -----------------------------------------------------------------
-    def call_began(self, row_id: int) -> None:
+    def call_began(self, mark: str) -> None:
+        """Before the order is in the journal: it is not looked for while it is being sent."""
         with self._changed:
-            self._running.add(row_id)
+            self._calls.add(mark)
 
-    def call_ended(self, row_id: int) -> None:
+    def call_late(self, mark: str) -> None:
+        """Nobody waits for the call any more, but it has not ended: the order may be found, yet it
+        cannot count as not placed."""
         with self._changed:
-            self._running.discard(row_id)
-            self._since[row_id] = time.monotonic()
-            self._due = True
+            if mark in self._calls:
+                self._late.add(mark)
+                self._look_in(FIRST_LOOK)
+
+    def call_ended(self, mark: str, *, settled: bool) -> None:
+        """What became of it is in the journal. `settled`: and it is no longer in doubt."""
+        with self._changed:
+            self._calls.discard(mark)
+            self._late.discard(mark)
+            if not settled:
+                self._over[mark] = time.monotonic()
+                self._look_in(FIRST_LOOK)
             self._changed.notify_all()
 
     def connected(self) -> None:
         with self._changed:
             self._resync = True
+            self._looks = 0
+            self._next = time.monotonic()
             self._changed.notify_all()
 
     def news(self) -> None:
@@ -80,106 +114,154 @@ class Settlement:
         with self._changed:
             self._changed.notify_all()
 
-    def wait_for(self, row_id: int, deadline: float) -> bool:
+    def wait_for(self, row: JournalOrder, deadline: float) -> bool:
         """Waits until the row is settled; False when it is not by the deadline."""
         with self._changed:
-            self._due = True
-            self._changed.notify_all()
+            self._look_in(0.0)
         while True:
-            row = self._journal.by_row_id(row_id)
-            if row is None or row.state not in UNSETTLED:
+            known = self._journal.by_row_id(row.row_id)
+            if known is None or known.state not in UNSETTLED:
                 return True
             with self._changed:
-                left = deadline - time.monotonic()
-                if left <= 0 or self._stopped:
+                left = min(deadline, self._drain_until) - time.monotonic()
+                hopeless = not self._instance.lists_orders and row.mark not in self._calls
+                if left <= 0 or self._stopped or hopeless:
                     return False
-                self._changed.wait(min(left, 0.25))
+                self._changed.wait(min(left, POLL))
+
+    def _look_in(self, seconds: float) -> None:
+        """An event: a listing is due soon, but not right after the last one."""
+        self._looks = 0
+        self._wake_at(max(time.monotonic() + seconds, self._looked + self._pause()))
+
+    def _wake_at(self, moment: float) -> None:
+        self._next = moment if self._next is None else min(self._next, moment)
+        self._changed.notify_all()
+
+    def _pause(self) -> float:
+        least = max(float(self._instance.broker.listing_delay), LEAST_PAUSE)
+        return min(least * GROWTH ** max(0, self._looks - 1), max(least, LONGEST_PAUSE))
 
     # --- the thread ---------------------------------------------------------------------------
     def _run(self) -> None:
-        pause: float | None = None
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopped or self._resync or self._due, pause)
-                if self._stopped:
-                    return
-                self._due = False
+        while self._wait():
+            pause: float | None
             try:
-                pause = self._settle()
+                pause = self._look()
+            except Busy:
+                pause = 1.0
+            except HttpTradingError as error:
+                pause = min(max(1.0, error.retry_after or 0.0), LONGEST_PAUSE)
             except Exception:
                 log.exception("settling failed")
                 pause = 10.0
+            if pause is not None:
+                with self._changed:
+                    self._wake_at(time.monotonic() + pause)
 
-    def _settle(self) -> float | None:
-        """Looks once; returns the seconds until the next look, or None when nothing is open."""
-        rows = self._journal.unsettled(self._instance.id)
+    def _wait(self) -> bool:
+        """Until a look is due; False when the service stops."""
         with self._changed:
-            rows = [row for row in rows if row.row_id not in self._running]
-            resync = self._resync
-            now = time.monotonic()
-            for row in rows:
-                self._since.setdefault(row.row_id, now)
-        if not rows and not resync:
+            while not self._stopped:
+                now = time.monotonic()
+                if self._next is not None and self._next <= now:
+                    self._next = None
+                    return True
+                self._changed.wait(None if self._next is None else self._next - now)
+            return False
+
+    def _look(self) -> float | None:
+        """Looks once; returns the seconds until the next look, or None when nothing is open."""
+        with self._changed:
+            resync, calls, late = self._resync, set(self._calls), bool(self._late)
+        rows = self._journal.unsettled(self._instance.id)
+        ended = [row for row in rows if row.mark not in calls]
+        if not ended and not late and not resync:
             self._forget_settled(rows)
             return None
-        delay = self._instance.broker.listing_delay
-        began = time.monotonic()
+        began, seen = time.monotonic(), time.time()
+        with self._changed:
+            self._looked = began
+            self._looks += 1
+            self._resync = False
         try:
             reports = self._instance.list_recent(began + LISTING_SECONDS)
+            self._journal.record(self._instance.id, reports, seen)
         except Unsupported:
-            with self._changed:
-                self._resync = False
-            if rows:
+            if ended:
                 log.warning(
                     "instance %s: %d orders cannot be settled: the broker has no listing",
                     self._instance.masked_id,
-                    len(rows),
+                    len(ended),
                 )
             return None
-        except BrokerUnavailable as error:
-            return max(1.0, error.retry_after or 0.0)
-        except HttpTradingError as error:
-            return max(1.0, min(error.retry_after or 2.0, 30.0))
-        self._journal.record(self._instance.id, reports)
+        except BaseException:
+            with self._changed:
+                self._resync = self._resync or resync
+            raise
+        found = {report.mark for report in reports if report.mark and report.order.order_id}
         with self._changed:
-            self._resync = False
-        left = self._judge(rows, reports, began, delay)
+            self._late &= {row.mark or "" for row in rows} - found
+            self._changed.notify_all()
+        left = self._judge([row for row in ended if row.mark not in found], reports, began)
         if resync:
             self._look_up_missing(reports)
         with self._changed:
             self._changed.notify_all()
-        return max(delay, 0.2) if left else None
+            return self._pause() if left or self._late else None
 
     def _judge(
-        self, rows: list[JournalOrder], reports: list[OrderReport], began: float, delay: float
+        self, rows: list[JournalOrder], reports: list[OrderReport], began: float
     ) -> list[JournalOrder]:
-        """Settles what the listing proves; returns the rows that stay open."""
-        found = {report.mark for report in reports if report.mark}
+        """Settles those of the missing rows that the listing proves not to be there; returns the
+        rows that stay open."""
+        delay = self._instance.broker.listing_delay
+        shown = {report.mark for report in reports if report.mark}  # some without an id as yet
         left = []
         for row in rows:
-            if row.mark in found:
-                log.info("order %s: placed after all", row.client_order_id)
-                continue
-            if began >= self._since[row.row_id] + delay:
-                self._misses[row.row_id] = self._misses.get(row.row_id, 0) + 1
-            if self._misses.get(row.row_id, 0) >= LISTINGS:
-                self._journal.not_placed(row.row_id, "The broker's lists do not have it")
-                log.info("order %s: not placed", row.client_order_id)
-            else:
+            mark = row.mark or ""
+            if mark in shown:
                 left.append(row)
+                continue
+            with self._changed:
+                over = self._over.setdefault(mark, self._born)
+            if began >= over + delay:
+                self._misses[mark] = self._misses.get(mark, 0) + 1
+            if self._misses.get(mark, 0) < LISTINGS or self._may_be_there(row, reports):
+                left.append(row)
+                continue
+            self._journal.not_placed(row.row_id, "The broker's lists do not have it.")
+            log.info("order %s: not placed", row.client_order_id)
         self._forget_settled(left)
         return left
 
+    def _may_be_there(self, row: JournalOrder, reports: list[OrderReport]) -> bool:
+        """Whether the listing has an order that tells no mark and might be this one: of the same
+        content, and not known from elsewhere or from before."""
+        for report in reports:
+            if report.mark or not _like(row, report):
+                continue
+            known = self._journal.by_order_id(self._instance.id, report.order.order_id)
+            explained = known is not None and (
+                known.row_id < row.row_id or (known.mark is not None and known.state == PLACED)
+            )
+            if not explained:
+                log.warning(
+                    "order %s stays unknown: the broker lists one like it without a mark",
+                    row.client_order_id,
+                )
+                return True
+        return False
+
     def _forget_settled(self, left: list[JournalOrder]) -> None:
-        keep = {row.row_id for row in left}
+        keep = {row.mark for row in left}
         with self._changed:
-            keep |= self._running
-            # A call that ended this moment has its time noted already, its row not yet read.
-            newest = time.monotonic() - 60
-            self._since = {
-                row: since for row, since in self._since.items() if row in keep or since > newest
+            # A call that has just ended has its time noted already, its row not yet read.
+            newest = time.monotonic() - LISTING_SECONDS * 2
+            self._over = {
+                mark: over for mark, over in self._over.items() if mark in keep or over > newest
             }
-            self._misses = {row: count for row, count in self._misses.items() if row in keep}
+            self._misses = {mark: count for mark, count in self._misses.items() if mark in keep}
 
     def _look_up_missing(self, reports: list[OrderReport]) -> None:
         """After a reconnect: what the journal holds open and the listing lacks."""
@@ -191,3 +273,13 @@ class Settlement:
                 self._instance.order(row.order_id, None, time.monotonic() + LISTING_SECONDS)
             except HttpTradingError as error:
                 log.info("order %s: not refreshed (%s)", row.order_id, error.code)
+
+
+def _like(row: JournalOrder, report: OrderReport) -> bool:
+    """Whether a report could be of this row's order; what it does not tell, it may be."""
+    return (
+        report.order.qty in (row.asked_qty, 0)
+        and report.contract in (row.contract, None)
+        and report.direction in (row.direction, None)
+        and report.order_type in (row.order_type, None)
+    )

@@ -337,8 +337,12 @@ class Worker:
         self.state.last_error = reason
 
 
-def not_sent_in_time() -> TimedOut:
-    return TimedOut("The deadline passed before the broker could be asked; nothing was sent.")
+class NotSentInTime(TimedOut):
+    """The deadline passed before the operation began: a worker's own word, never a broker's."""
+
+
+def not_sent_in_time() -> NotSentInTime:
+    return NotSentInTime("The deadline passed before the broker could be asked; nothing was sent.")
 
 
 def _pause(attempt: int) -> float:
@@ -518,10 +522,12 @@ class _Lane(threading.Thread):
         try:
             if call.begin is not None:
                 call.begin()
+                if self._given_up or time.monotonic() >= call.deadline:
+                    raise not_sent_in_time()  # a slow disk has used the time up
             # The waiter leaves at its deadline; the operation gets a little less, so that it can
             # say itself what became of it.
             result = await self._backend.run(
-                call.operation, call.arguments, max(0.05, call.deadline - started)
+                call.operation, call.arguments, max(0.05, call.deadline - time.monotonic())
             )
         except HttpTradingError as raised:
             error = raised
