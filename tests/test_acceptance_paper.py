@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ import pytest
 
 from acceptance.cases import BrokerAcceptance
 from acceptance.kit import Subject
+from httptrading.brokers.base import BaseBroker
 from httptrading.brokers.paper import INITIAL_CASH, Paper
 from httptrading.brokers.paper_exchange import (
     CASH,
@@ -21,7 +23,11 @@ from httptrading.brokers.paper_exchange import (
     Status,
 )
 from httptrading.brokers.paper_market import AlwaysOpen, BorrowedPrices
-from simulators.exchange import ExchangeFill, ExchangeOrder, ExchangePosition, OrderStatus
+from httptrading.brokers.registry import broker_register
+from httptrading.brokers.settings import InstanceSettings
+from httptrading.errors import Rejected
+from httptrading.model import CURRENCIES, Contract, Quote
+from simulators.exchange import Exchange, ExchangeFill, ExchangeOrder, ExchangePosition, OrderStatus
 
 STATUS = {
     Status.WORKING: OrderStatus.WORKING,
@@ -49,9 +55,9 @@ class WatchedPaper(Paper):
 class PaperSubject(Subject):
     """The script is a second exchange object on the account's file."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, broker_args: dict[str, Any] | None = None) -> None:
         WatchedPaper.received.clear()
-        super().__init__(WatchedPaper(), data_dir)
+        super().__init__(WatchedPaper(broker_args), data_dir)
 
     def ready(self) -> None:
         super().ready()
@@ -136,8 +142,63 @@ class PaperSubject(Subject):
                 db.execute(HOLDINGS.insert().values(row | {"qty": held.qty, "cost": Decimal(1)}))
 
 
+@broker_register("quotes", "Quotes")
+class Quotes(BaseBroker):
+    """Another instance, with quotes only."""
+
+    async def quote(self, contract: Contract) -> Quote:
+        exchange: Exchange = self.broker_args["exchange"]
+        fault = exchange.receive("quote")
+        if fault is not None:
+            raise Rejected(fault.text)
+        found = exchange.quote(contract.region, contract.ticker)
+        return Quote(
+            contract,
+            CURRENCIES[contract.region],
+            found.is_tradable,
+            found.latest,
+            found.pre_close,
+            found.open_price,
+            found.high_price,
+            found.low_price,
+            datetime.fromtimestamp(found.epoch, UTC),
+        )
+
+
+class BorrowingSubject(PaperSubject):
+    """Paper on the quotes of another instance, which the script sets."""
+
+    SOURCE = "TheOtherInstance1"
+
+    def __init__(self, data_dir: Path) -> None:
+        super().__init__(data_dir, {"quotes_from": self.SOURCE})
+
+    def instances(self) -> list[InstanceSettings]:
+        source = Quotes({"exchange": self.exchange}, self.SOURCE, ["theOthersToken0001"])
+        return [self.settings, InstanceSettings(source, ages={"quote": 0})]
+
+    def calm(self) -> None:
+        with self.exchange.lock:
+            self.exchange.quotes.clear()
+        self.exchange.clear_faults()
+        super().calm()
+
+    def set_quote(self, region: str, ticker: str, **fields: Any) -> bool:
+        return Subject.set_quote(self, region, ticker, **fields)
+
+    def refused_quote(self) -> tuple[str, str] | None:
+        return Subject.refused_quote(self)
+
+
 class TestPaper(BrokerAcceptance):
     @pytest.fixture(scope="class")
     def subject(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
         with PaperSubject(tmp_path_factory.mktemp("paper")) as subject:
+            yield subject
+
+
+class TestPaperOnOthersQuotes(BrokerAcceptance):
+    @pytest.fixture(scope="class")
+    def subject(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
+        with BorrowingSubject(tmp_path_factory.mktemp("paper")) as subject:
             yield subject

@@ -564,6 +564,23 @@ class BrokerAcceptance(Acceptance):
             answer = trader.request("POST", "order/place", text=text)
         self.refused(answer, 400, "INVALID_REQUEST")
 
+    def test_wrong_ways_in(self, subject: Subject, trader: Trader) -> None:
+        text = simplejson.dumps(subject.limit(), use_decimal=True)
+        large = text[:-1] + " " * 70_000 + "}"
+        with subject.nothing_sent():
+            for status, method, content, headers in (
+                (405, "GET", None, {}),
+                (405, "PUT", text, {}),
+                (415, "POST", text, {"Content-Type": "text/plain"}),
+                (413, "POST", large, {}),
+                (400, "POST", text, {"HT-TIMEOUT": "0"}),
+                (400, "POST", text, {"HT-TIMEOUT": "soon"}),
+                (400, "POST", text[:-1] + ', "prise": 1}', {}),
+                (400, "POST", text.encode("utf-16").decode("latin-1"), {}),
+            ):
+                answer = trader.request(method, "order/place", text=content, headers=headers)
+                self.refused(answer, status, "INVALID_REQUEST")
+
     def test_strangers_see_nothing(self, subject: Subject, trader: Trader) -> None:
         assert subject.app is not None
         known, token = trader.instance_id, trader.token
