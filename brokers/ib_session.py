@@ -12,14 +12,16 @@ import importlib
 import importlib.util
 import logging
 import socket
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, TypeVar
 
 from httptrading.brokers.ib_answers import Ticks, refusal
 from httptrading.brokers.ib_book import BookedOrder, OrderBook, is_refusal
-from httptrading.errors import BrokerUnavailable, HttpTradingError
+from httptrading.errors import BrokerUnavailable, HttpTradingError, TimedOut
 from httptrading.model import Fill, Order
 
 log = logging.getLogger("httptrading.interactive_brokers")
@@ -35,6 +37,12 @@ UNLINKED = "TWS is running but has no connection to IB's servers; it reconnects 
 
 ALIVE_LIMIT = 4.0
 """Seconds within which TWS must tell the time."""
+
+ASK_LIMIT = 5.0
+"""Seconds within which TWS must answer anything else; a connection serves one operation at a time,
+and a cancellation may be waiting."""
+
+UNANSWERED = "TWS did not answer in time"
 
 HEARTBEAT = 20.0
 """Seconds between looks whether a silent TWS is still there."""
@@ -74,13 +82,14 @@ class TwsSession:
         self._host, self._port, self._timeout = host, port, timeout
         self._ears = ears
         self._changed = asyncio.Event()
-        self._one_by_one = asyncio.Lock()
-        self._named: asyncio.Future[Any] | None = None
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._named: dict[str, asyncio.Future[Any]] = {}
         self._told: dict[str, Order] = {}
         self._quotes: dict[int, Ticks] = {}
         self._heard: dict[int, list[tuple[int, str]]] = {}  # errors about orders being watched
         self._is_live = False  # synchronised, and not closing
         self._is_linked = True
+        self._lost_by = "TWS closed the connection"
         self._failure: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[Any]] = set()
         self.ib = self._new_client()
@@ -174,7 +183,7 @@ class TwsSession:
         if self.client_id == 0:
             ib.client.reqAutoOpenOrders(True)  # orders made by hand in TWS become ours
         ib.client.reqMarketDataType(DELAYED_IF_NOT_LIVE)
-        await self.ask_named(ib.reqOpenOrdersAsync)
+        await self.ask_named("openOrders", ib.reqOpenOrdersAsync)
         await self.list_orders()
         if not self._is_linked:
             raise BrokerUnavailable(UNLINKED)
@@ -198,6 +207,7 @@ class TwsSession:
 
     def _lose(self, reason: str) -> None:
         """Gives the connection up: whoever waits for an answer hears of it at once."""
+        self._lost_by = reason
         self._ears.on_lost(reason)
         transport = self._transport()
         if transport is not None:
@@ -215,14 +225,13 @@ class TwsSession:
         """Notices a TWS that is gone without closing its socket."""
         while True:
             await asyncio.sleep(HEARTBEAT)
-            if not self._one_by_one.locked():  # else an operation is finding out
-                await self.check_alive()
+            await self.check_alive()
 
     async def check_alive(self, seconds: float = ALIVE_LIMIT) -> bool:
         """Whether TWS answers and has a connection to IB's servers."""
         try:
             async with asyncio.timeout(seconds):
-                await self.ask_named(self.ib.reqCurrentTimeAsync)
+                await self.current_time()
         except (TimeoutError, HttpTradingError):
             self._lose("TWS does not answer")
             return False
@@ -239,25 +248,28 @@ class TwsSession:
         return self.ib.client
 
     # --- asking -----------------------------------------------------------------------------
-    async def ask_named(self, request: Callable[[], Awaitable[_Answer]]) -> _Answer:
-        """A request without an id: the SDK keeps one future per kind, so one at a time.
+    async def ask_named(self, name: str, request: Callable[[], Awaitable[_Answer]]) -> _Answer:
+        """A request without an id: the SDK keeps one future under its name, so one at a time.
 
-        One that is given up (its caller's time is over) leaves an answer to come that would be
-        taken for the next one's: the connection is replaced.
+        One that is given up leaves an answer to come that would be taken for the next one's: the
+        connection is replaced.
         """
-        async with self._one_by_one:
+        async with self._locks[name]:
             self.client()
             try:
-                self._named = asyncio.ensure_future(request())
-                answer: _Answer = await self._named
+                self._named[name] = asyncio.ensure_future(request())
+                async with asyncio.timeout(ASK_LIMIT):
+                    answer: _Answer = await self._named[name]
                 return answer
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, TimeoutError) as error:
                 self._lose("TWS left a request unanswered")
+                if isinstance(error, TimeoutError):
+                    raise TimedOut(UNANSWERED) from None
                 raise
             except ConnectionError:
-                raise BrokerUnavailable("TWS closed the connection") from None
+                raise BrokerUnavailable(self._lost_by) from None
             finally:
-                self._named = None
+                del self._named[name]
 
     async def ask(
         self, request: Callable[[], Awaitable[_Answer]], *, absent: int = 0
@@ -265,16 +277,33 @@ class TwsSession:
         """A request with an id of its own; None for the error that means "there is none"."""
         self.client()
         try:
-            return await request()
+            async with asyncio.timeout(ASK_LIMIT):
+                return await request()
         except asyncio.CancelledError:
             self.doubt()
             raise
+        except TimeoutError:
+            self.doubt()
+            raise TimedOut(UNANSWERED) from None
         except ConnectionError:
-            raise BrokerUnavailable("TWS closed the connection") from None
+            raise BrokerUnavailable(self._lost_by) from None
         except self.sdk.wrapper.RequestError as error:
             if error.code == absent:
                 return None
             raise refusal(error.code, error.message) from None
+
+    async def current_time(self) -> datetime:
+        now: datetime = await self.ask_named("currentTime", self.ib.reqCurrentTimeAsync)
+        return now
+
+    async def positions(self) -> list[Any]:
+        """The SDK's positions of all accounts, complete."""
+        try:
+            held: list[Any] = await self.ask_named("positions", self.ib.reqPositionsAsync)
+            return held
+        finally:
+            if self.is_open:
+                self.ib.client.cancelPositions()
 
     def doubt(self) -> None:
         """Something was not answered in time: is TWS still there?"""
@@ -285,8 +314,10 @@ class TwsSession:
         """Refreshes the book with every open and completed order and today's executions; the
         permIds of the orders TWS listed."""
         ib = self.ib
-        opened = await self.ask_named(ib.reqAllOpenOrdersAsync)
-        completed = await self.ask_named(lambda: ib.reqCompletedOrdersAsync(False))
+        opened = await self.ask_named("openOrders", ib.reqAllOpenOrdersAsync)
+        completed = await self.ask_named(
+            "completedOrders", lambda: ib.reqCompletedOrdersAsync(False)
+        )
         await self.ask(ib.reqExecutionsAsync)
         return {trade.order.permId for trade in [*opened, *completed]}
 
@@ -346,13 +377,14 @@ class TwsSession:
             if booked is not None:
                 self._tell(booked)
         elif is_refusal(code):
-            # Without a request id it can only be about the request that has none.
+            # Without a request id it can only be about a request that has none.
             self._fail_named(refusal(code, text))
         self._changed.set()
 
     def _fail_named(self, error: HttpTradingError) -> None:
-        if self._named is not None and not self._named.done():
-            self._named.set_exception(error)
+        for future in self._named.values():
+            if not future.done():
+                future.set_exception(error)
 
     def _on_api_error(self, text: str) -> None:
         if text.startswith("API connection failed"):
@@ -369,7 +401,7 @@ class TwsSession:
     def _on_disconnected(self) -> None:
         self._changed.set()
         if self._is_live:
-            self._ears.on_lost("TWS closed the connection")
+            self._ears.on_lost(self._lost_by)
 
     def _tell(self, booked: BookedOrder) -> None:
         """Wakes who waits for an order, and reports what is new: TWS repeats itself a lot."""

@@ -79,7 +79,7 @@ MARKETS = {"US": "SPY", "HK": "00700", "CN": "600519"}
 """The stock whose hours stand for a market's."""
 
 CURRENCY_NAMES = {"CNY": ("CNY", "CNH")}
-"""IB keeps renminbi as CNH."""
+"""IB keeps renminbi as CNH; the answer names it, so that nobody is told of 0 CNY."""
 
 # Seconds.
 QUOTE_LIMIT = 5.0
@@ -329,11 +329,7 @@ class InteractiveBrokers(BaseBroker):
     async def positions(self) -> list[Position]:
         """Stocks of the three markets, asked for each time, so that an empty list is TWS's own."""
         tws = self._open()
-        try:
-            held = await tws.ask_named(tws.ib.reqPositionsAsync)
-        finally:
-            if tws.is_open:
-                tws.ib.client.cancelPositions()
+        held = await tws.positions()
         stocks = {
             each.contract.conId: each
             for each in held
@@ -431,7 +427,7 @@ class InteractiveBrokers(BaseBroker):
     async def market_status(self) -> dict[TradeType, dict[str, MarketStatus]]:
         """From contract hours and TWS's own clock, so that ours may be wrong."""
         tws = self._open()
-        now: datetime = await tws.ask_named(tws.ib.reqCurrentTimeAsync)
+        now = await tws.current_time()
         if self._hours_day != now.date().isoformat():
             regions = (*MARKETS, OVERNIGHT_VENUE)
             found = await asyncio.gather(*map(self._learn_hours, regions))

@@ -170,6 +170,8 @@ class Listing:
 
     @property
     def region(self) -> str:
+        if self.primary_exchange == "SEHK":  # some counters trade in CNH
+            return "HK"
         return REGION_BY_CURRENCY.get(self.currency, self.currency)
 
     @property
@@ -460,10 +462,10 @@ class Tws:
 
     def hours(self, listing: Listing, exchange: str) -> tuple[str, str, str]:
         """(time zone, tradingHours, liquidHours) for six days from today, as TWS writes them."""
-        zone, trading, liquid = SESSIONS[listing.region]
+        zone, trading, liquid = SESSIONS.get(listing.region, SESSIONS["US"])
         today = datetime.fromtimestamp(self.now(), ZoneInfo(zone)).date()
         days = [today + timedelta(days=n) for n in range(6)]
-        closed = self.closed_days[listing.region]
+        closed = self.closed_days.get(listing.region, set())
         halves = self.half_days.get(listing.region, {})
         written: list[list[str]] = [[], []]
         for day in days:
@@ -479,9 +481,11 @@ class Tws:
                 if day.weekday() >= 5 or date in closed:
                     part.append(f"{date}:CLOSED")
                     continue
+                last = halves.get(date, "2400")
+                if sessions is trading and listing.region == "US" and date in halves:
+                    last = "1700"
                 for session in sessions:
                     begin, end = session.split("-")
-                    last = halves.get(date, "2400")
                     if begin < last:
                         part.append(f"{date}:{begin}-{date}:{min(end, last)}")
         return zone, ";".join(written[0]), ";".join(written[1])
