@@ -612,14 +612,13 @@ def test_numbers_are_printed_plain_and_exactly(on: Stage, number: Any) -> None:
 
 BAD_QTY = (
     'true false null "12" "" 1.5 0 0.0 -1 -0 1e30 1e999 1e99999999999999999999 '
-    "1e-99999999999999999999 NaN Infinity -Infinity [] {} [12] 1000000001 12.000001 0.99999999999999999999999999999 "
-    + "9"
-    * 5000
+    "1e-99999999999999999999 NaN Infinity -Infinity [] {} [12] 1000000001 12.000001 "
+    "0.99999999999999999999999999999 " + "9" * 5000
 ).split()
 BAD_PRICE = (
     'true false "200" "" 0 0.00 -0 -200.5 1e30 1e999 1e99999999999999999999 '
-    "1e-99999999999999999999 1e-400 NaN Infinity -Infinity [] {} 1000000000.01 1e-20 1234567890123456 "
-    "1.00000000000000000000000000000000000001 0.1234567890123456 " + "9" * 5000
+    "1e-99999999999999999999 1e-400 NaN Infinity -Infinity [] {} 1000000000.01 1e-20 "
+    "1234567890123456 1.00000000000000000000000000000000000001 0.1234567890123456 " + "9" * 5000
 ).split()
 
 
@@ -755,6 +754,11 @@ def test_a_chunked_body_counts_as_it_comes(on: Stage) -> None:
     assert send(text_of().encode()) == 200
     assert send(text_of().encode() + b" " * 70_000) == 413
     assert send(b"") == 400
+    exactly = text_of().encode().ljust(65_536)
+    assert (send(exactly), send(exactly + b" ")) == (200, 413)
+    headers = {**token(on), "Content-Type": "application/json"}
+    for body, status in ((exactly, 200), (exactly + b" ", 413)):
+        assert raw(on, url(on, "order/place"), "POST", headers, body).status_code == status
 
 
 @settings(
