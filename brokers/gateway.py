@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from httptrading.brokers.instance import Instance
@@ -55,9 +56,10 @@ class InstanceLock:
             except OSError:
                 os.close(file)
                 return False
-            os.truncate(file, 0)
-            os.write(file, f"{os.getpid()}\n".encode())
             self._file = file
+            with suppress(OSError):  # a full disk: the lock holds without the note as well
+                os.truncate(file, 0)
+                os.write(file, f"{os.getpid()}\n".encode())
         return True
 
     def owner(self) -> str:
@@ -203,6 +205,9 @@ class Gateway:
             self._recorder.stop(1.0)
         if self._journal is not None:
             self._journal.close()
-        for lock in self._locks.values():
-            lock.release()
+        for instance_id, lock in self._locks.items():
+            # A call that is stuck in this process may still reach the broker; until the process
+            # ends, nobody else may conclude that it has not.
+            if not self._instances[instance_id].is_stuck:
+                lock.release()
         self._pid = None

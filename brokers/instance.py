@@ -222,6 +222,11 @@ class Instance:
         for worker in self.workers.values():
             worker.close(max(0.05, end - time.monotonic()))
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a call is running, on a worker that has been given up perhaps."""
+        return any(worker.is_stuck for worker in self.workers.values())
+
     def state(self) -> InstanceState:
         unsettled = self._journal.unsettled(self.id)
         broker_class = type(self.broker)

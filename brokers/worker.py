@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from httptrading.brokers.base import Link
+from httptrading.brokers.base import CHANGES, Link
 from httptrading.brokers.limits import Windows
 from httptrading.errors import (
     BrokerUnavailable,
@@ -240,6 +240,14 @@ class Worker:
         if lane.is_alive():
             lane.give_up()
             log.warning("worker %s: still busy at exit", self.name)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a call is running that may still change something at the broker."""
+        with self._lock:
+            lanes = [*self._abandoned, *([self._lane] if self._lane else [])]
+        running = [lane.current for lane in lanes if lane.is_alive()]
+        return any(call is not None and call.operation in CHANGES for call in running)
 
     def check(self) -> None:
         """Replaces a stuck lane. Called a few times a second by the supervisor."""
