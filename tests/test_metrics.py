@@ -1,0 +1,140 @@
+"""What the service tells of itself: `/metrics` for Prometheus, `instance/state` for its clients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+from prometheus_client.parser import text_string_to_metric_families
+
+from httptrading import BaseBroker, BrokerUnavailable, Window, combine, create_app
+from httptrading.brokers.base import Combination
+from httptrading.model import Cash, Lifecycle, OrderType, TimeInForce
+
+INSTANCE, TOKEN = "metricsInstance01", "metricsInstanceToken1"
+DOWN, DOWN_TOKEN = "downInstance00001", "downInstanceToken001"
+METRICS_TOKEN = "prometheus-token-1"
+HEADERS = {"HT-TOKEN": TOKEN}
+
+
+class Limited(BaseBroker):
+    windows = {"asking": Window(5, 60)}
+    costs = {"cash": ("asking",)}
+    ages = {"cash": 0}
+    combinations = combine(["US"], [OrderType.Limit], [TimeInForce.DAY], [Lifecycle.RTH])
+    quote_regions = frozenset({"US"})
+
+    def cash(self) -> Cash:
+        return Cash("USD", 1)
+
+
+class Down(BaseBroker):
+    def connect(self) -> None:
+        raise BrokerUnavailable("The cable is out")
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Iterator[Flask]:
+    brokers = [Limited({}, INSTANCE, [TOKEN]), Down({}, DOWN, [DOWN_TOKEN])]
+    app = create_app(brokers=brokers, data_dir=tmp_path, metrics_token=METRICS_TOKEN)
+    yield app
+    app.extensions["httptrading"].close()
+
+
+def samples(app: Flask) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    answer = app.test_client().get(
+        "/httptrading/metrics", headers={"Authorization": f"Bearer {METRICS_TOKEN}"}
+    )
+    assert answer.status_code == 200
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+def state(app: Flask, instance_id: str = INSTANCE, token: str = TOKEN) -> Any:
+    path = f"/httptrading/api/{instance_id}/instance/state"
+    return app.test_client().get(path, headers={"HT-TOKEN": token}).get_json()["state"]
+
+
+def test_metrics_count_requests_and_show_the_gateway(app: Flask) -> None:
+    client = app.test_client()
+    for _ in range(2):
+        assert (
+            client.get(f"/httptrading/api/{INSTANCE}/cash/state", headers=HEADERS).status_code
+            == 200
+        )
+    client.get(f"/httptrading/api/{INSTANCE}/position/state", headers=HEADERS)
+    found = samples(app)
+    at = (("instance", INSTANCE[:4] + "…"),)
+    trade = (("connection", "trade"), *at)
+    asked = ("httptrading_requests_total", (("outcome", "OK"), ("route", "cash/state")))
+    refused = (
+        "httptrading_requests_total",
+        (("outcome", "UNSUPPORTED"), ("route", "position/state")),
+    )
+    assert found[asked] == 2
+    assert found[refused] == 1
+    assert found["httptrading_request_seconds_count", (("route", "cash/state"),)] == 2
+    assert found["httptrading_connected", trade] == 1
+    assert found["httptrading_queue_depth", trade] == 0
+    assert found["httptrading_reconnects_total", trade] == 0
+    assert found["httptrading_worker_replacements_total", trade] == 0
+    assert found["httptrading_window_slots_left", (*at, ("window", "asking"))] == 3
+    assert found["httptrading_unsettled_orders", at] == 0
+    assert found["httptrading_oldest_unsettled_seconds", at] == 0
+
+
+def test_metrics_need_their_own_token(app: Flask) -> None:
+    client = app.test_client()
+    for headers in ({}, HEADERS, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}):
+        answer = client.get("/httptrading/metrics", headers=headers)
+        assert (answer.status_code, answer.text) == (404, "Not Found\n")
+
+
+def test_metrics_are_off_unless_configured(tmp_path: Path) -> None:
+    app = create_app(brokers=[Limited({}, INSTANCE, [TOKEN])], data_dir=tmp_path)
+    answer = app.test_client().get("/httptrading/metrics", headers={"Authorization": "Bearer "})
+    assert answer.status_code == 404
+
+
+def test_no_metric_names_an_instance_or_a_token(app: Flask) -> None:
+    app.test_client().get(f"/httptrading/api/{INSTANCE}/cash/state", headers=HEADERS)
+    for _, labels in samples(app):
+        for _, value in labels:
+            assert INSTANCE not in value and TOKEN not in value
+
+
+def test_instance_state_tells_limits_and_what_the_broker_takes(app: Flask) -> None:
+    app.test_client().get(f"/httptrading/api/{INSTANCE}/cash/state", headers=HEADERS)
+    found = state(app)
+    assert found["connections"][0]["connected"] is True
+    assert found["connections"][0]["lastError"] == ""
+    assert found["limits"] == [
+        {"type": "limit", "name": "asking", "limit": 5, "seconds": 60, "left": 4}
+    ]
+    assert found["operations"] == ["ping", "cash"]
+    assert found["quoteRegions"] == ["US"]
+    assert found["unsettledOrders"] == 0 and found["oldestUnsettled"] is None
+    told = {
+        Combination(
+            one["region"],
+            OrderType[one["orderType"]],
+            TimeInForce[one["timeInForce"]],
+            Lifecycle[one["lifecycle"]],
+        )
+        for one in found["orders"]
+    }
+    assert told == Limited.combinations
+
+
+def test_instance_state_tells_why_a_broker_is_down(app: Flask) -> None:
+    path = f"/httptrading/api/{DOWN}/cash/state"
+    app.test_client().get(path, headers={"HT-TOKEN": DOWN_TOKEN, "HT-TIMEOUT": "1"})
+    connection = state(app, DOWN, DOWN_TOKEN)["connections"][0]
+    assert connection["connected"] is False
+    assert connection["lastError"] == "The cable is out"
