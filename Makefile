@@ -1,8 +1,6 @@
 # Everything one does with httptrading; `make` alone lists it.
 
 VENV ?= .venv
-PORT ?= 8080
-HOST ?= 127.0.0.1
 # The first Python on the PATH that is new enough; `make PYTHON=/path/to/python3.13 …` chooses.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -20,8 +18,7 @@ help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 run: $(CORE) ## start the service on http://127.0.0.1:8080 (PORT=…, HTTPTRADING_CONFIG=…)
-	@HTTPTRADING_SHOW_TOKEN=1 HTTPTRADING_HOST=$(HOST) HTTPTRADING_PORT=$(PORT) \
-		exec $(BIN)/gunicorn
+	@HTTPTRADING_SHOW_TOKEN=1 $(if $(PORT),HTTPTRADING_PORT=$(PORT)) exec $(BIN)/gunicorn
 
 test: $(ALL) check ## linters, types and the whole test suite
 	$(BIN)/python -m pytest -q
