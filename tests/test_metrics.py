@@ -38,7 +38,7 @@ class Down(BaseBroker):
 
 @pytest.fixture
 def app(tmp_path: Path) -> Iterator[Flask]:
-    brokers = [Limited({}, INSTANCE, [TOKEN]), Down({}, DOWN, [DOWN_TOKEN])]
+    brokers = [Limited({"account": str(tmp_path)}, INSTANCE, [TOKEN]), Down({}, DOWN, [DOWN_TOKEN])]
     app = create_app(brokers=brokers, data_dir=tmp_path, metrics_token=METRICS_TOKEN)
     yield app
     app.extensions["httptrading"].close()
