@@ -97,12 +97,12 @@ class Tiger(BaseBroker):
         for name in ("tiger_id", "account", "pk_path"):
             if not str(given.get(name) or "").strip():
                 raise ValueError(f"Tiger needs the argument {name}")
-        timeout = given.get("timeout", 8)
-        if isinstance(timeout, bool) or not isinstance(timeout, int | float):
-            raise ValueError("Tiger's timeout is a number of seconds")
-        if not 1 <= timeout <= 30:
-            raise ValueError("Tiger's timeout is 1 to 30 seconds")
-        self._timeout = float(timeout)
+        self._timeout = _number_of(given, "timeout", 8, 1, 30)
+        self._push_port = int(_number_of(given, "push_port", 9883, 1, 65535))
+        if not isinstance(given.get("push_ssl", True), bool):
+            raise ValueError("Tiger's push_ssl must be true or false")
+        if not str(given.get("server_url") or "https://").startswith(("http://", "https://")):
+            raise ValueError("Tiger's server_url must begin with https://")
         self._tiger_id = str(given["tiger_id"]).strip()
         self._account = str(given["account"]).strip()
         self._http: tiger_http.Transport | None = None
@@ -171,8 +171,8 @@ class Tiger(BaseBroker):
         address = tiger_push.Address(
             tiger_id=self._tiger_id,
             host=str(host),
-            port=int(given.get("push_port") or 9883),
-            tls=bool(given.get("push_ssl", True)),
+            port=self._push_port,
+            tls=given.get("push_ssl", True),
         )
         subscription = tiger_push.Subscription(
             account=self._account,
@@ -234,8 +234,10 @@ class Tiger(BaseBroker):
             raise OutcomeUnknown(f"{silence.text}; whether it was done is not known yet") from None
 
     def _masked(self, text: str) -> str:
-        secret = str(self.broker_args.get("secret_key") or "")
-        return mapping.words(text.replace(secret, "***") if secret else text)
+        """Tiger's words, without what it may quote from the request."""
+        for secret in (self.broker_args.get("secret_key"), self._account, self._tiger_id):
+            text = text.replace(str(secret), "***") if secret else text
+        return mapping.words(text)
 
     # --- orders -----------------------------------------------------------------------------
     def place_order(  # type: ignore[override]
@@ -326,7 +328,7 @@ class Tiger(BaseBroker):
                     self._account, sec_type="STK", start_time=since, limit=PAGE, page_token=token
                 )
             )
-            if page is None:
+            if page is None or not isinstance(page.data, dict) or "items" not in page.data:
                 raise BrokerUnavailable("Tiger answered no order list")
             found |= {str(order.id): mapping.parse_order(order) for order in page.result}
             token = page.next_page_token or ""
@@ -462,3 +464,11 @@ class Tiger(BaseBroker):
                 unified = mapping.MARKET_STATES.get(word, UnifiedStatus.UNKNOWN)
                 found[region] = MarketStatus(region, word, unified)
         return {"securities": found}
+
+
+def _number_of(given: Mapping[str, Any], name: str, default: int, least: int, most: int) -> float:
+    value = given.get(name, default)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not least <= value <= most:
+        raise ValueError(f"Tiger's {name} must be a number from {least} to {most}")
+    return float(value)

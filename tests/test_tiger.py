@@ -415,9 +415,11 @@ def test_the_listing_has_every_page(
 
 def test_a_listing_is_whole_or_an_error(trade: Any, account: Any, gateway: TigerGateway) -> None:
     place(trade)
-    gateway.spoil("orders", Spoil.SERVER_ERROR)
-    with pytest.raises(BrokerUnavailable, match="502"):
-        account.recent_orders()
+    for wrong in (Spoil.SERVER_ERROR, Spoil.NO_DATA, Spoil.UNSIGNED):
+        gateway.spoil("orders", wrong)
+        with pytest.raises(BrokerUnavailable):
+            account.recent_orders()
+    assert len(account.recent_orders()) == 1
 
 
 def test_fills(trade: Any, account: Any, exchange: Exchange) -> None:
@@ -742,6 +744,9 @@ def test_arguments_are_checked_and_nothing_is_called(tmp_path: Path) -> None:
     for timeout in (0, 31, "5", True):
         with pytest.raises(ValueError, match="timeout"):
             Tiger(given | {"timeout": timeout})
+    for wrong in ({"push_port": 0}, {"push_ssl": "no"}, {"server_url": "openapi.example"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Tiger(given | wrong)
     broker = Tiger(given | {"secret_key": SECRET})
     assert SECRET not in repr(broker) and PRIME not in repr(broker)
     with pytest.raises(BrokerUnavailable, match="pk_path"):
@@ -788,6 +793,27 @@ def test_wrong_arguments(args: dict[str, Any], changes: dict[str, Any], said: st
         connected(args, "account", **changes),
     ):
         pass
+
+
+@pytest.mark.parametrize("trusted", [True, False], ids=["trusted", "unknown"])
+def test_the_gateways_certificate_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
+) -> None:
+    certificate = self_signed_certificate(tmp_path)
+    exchange = Exchange()
+    with TigerGateway(exchange, http_certificate=certificate) as gateway:
+        given = arguments(gateway, tmp_path)
+        if trusted:
+            monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+            with connected(given, "account") as broker:
+                assert broker.positions() == []
+        else:
+            with (
+                pytest.raises(BrokerUnavailable, match="not trusted"),
+                connected(given, "account"),
+            ):
+                pass
+            assert not exchange.requests
 
 
 def test_a_gateway_that_hangs_does_not_hold_connecting(
@@ -852,7 +878,13 @@ def test_no_secret_in_a_log_or_an_error(
     out = capfd.readouterr()
     told = "\n".join([*said, caplog.text, out.out, out.err])
     assert "Tiger" in told
-    for secret in (SECRET, CLIENT_KEYS.private_base64[:40], given["account"], "biz_content"):
+    for secret in (
+        SECRET,
+        gateway.tiger_id,
+        CLIENT_KEYS.private_base64[:40],
+        given["account"],
+        "biz_content",
+    ):
         assert secret not in told
     assert CLIENT_KEYS.sign(gateway.tiger_id) not in told  # the push connection's login
 

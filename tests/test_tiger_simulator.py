@@ -148,6 +148,10 @@ def test_limits_and_faults(
     gateway.spoil("positions", Spoil.SERVER_ERROR)
     with pytest.raises(ResponseException):
         client.get_positions()
+    config.timeout, gateway.deaf = 1, True
+    with pytest.raises(Exception, match="timed out"):
+        client.get_positions()
+    assert len(exchange.received("positions")) == 3
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])

@@ -199,12 +199,14 @@ class TigerGateway:
         accounts: Iterable[str] = ("12345678",),
         secret_key: str = "",
         push_certificate: tuple[Path, Path] | None = None,
+        http_certificate: tuple[Path, Path] | None = None,
         heartbeat_ms: int = 10_000,
     ) -> None:
         self.exchange = exchange
         self.tiger_id, self.secret_key = tiger_id, secret_key
         self.accounts = tuple(accounts)
         self.push_certificate = push_certificate
+        self.http_certificate = http_certificate
         self.heartbeat_ms = heartbeat_ms
         self.http_port = self.push_port = 0
         self.deaf = False  # requests and frames are taken in and never answered
@@ -229,7 +231,8 @@ class TigerGateway:
     # --- life -----------------------------------------------------------------------------
     @property
     def server_url(self) -> str:
-        return f"http://127.0.0.1:{self.http_port}/gateway"
+        scheme = "https" if self.http_certificate else "http"
+        return f"{scheme}://127.0.0.1:{self.http_port}/gateway"
 
     @property
     def public_key(self) -> str:
@@ -281,15 +284,21 @@ class TigerGateway:
     def _run(self, ready: threading.Event, failure: list[BaseException]) -> None:
         loop = self._loop = asyncio.new_event_loop()
         try:
-            tls = None
-            if self.push_certificate:
-                tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-                tls.load_cert_chain(*self.push_certificate)
             http = loop.run_until_complete(
-                asyncio.start_server(self._track(self._http), "127.0.0.1", self.http_port)
+                asyncio.start_server(
+                    self._track(self._http),
+                    "127.0.0.1",
+                    self.http_port,
+                    ssl=_tls(self.http_certificate),
+                )
             )
             push = loop.run_until_complete(
-                asyncio.start_server(self._track(self._push), "127.0.0.1", self.push_port, ssl=tls)
+                asyncio.start_server(
+                    self._track(self._push),
+                    "127.0.0.1",
+                    self.push_port,
+                    ssl=_tls(self.push_certificate),
+                )
             )
             self.http_port = http.sockets[0].getsockname()[1]
             self.push_port = push.sockets[0].getsockname()[1]
@@ -893,6 +902,14 @@ class TigerGateway:
         for session in list(self.push_sessions):
             if (data_type, account) in session.topics or (data_type, "") in session.topics:
                 self._send(session, frame)
+
+
+def _tls(certificate: tuple[Path, Path] | None) -> ssl.SSLContext | None:
+    if certificate is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    return context
 
 
 def account_kind(account: str) -> str:
