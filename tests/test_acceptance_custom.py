@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -381,3 +382,66 @@ class TestAsyncDef(_Custom):
 
 class TestPlainDef(_Custom):
     broker_class = MyPlainApi
+
+
+SAMPLE = """
+from httptrading import *
+from httptrading.model import *
+
+
+@broker_register('myApi', 'XX证券')
+class MyTradingApi(BaseBroker):
+    async def place_order(
+        self,
+        contract: Contract,
+        order_type: OrderType,
+        time_in_force: TimeInForce,
+        lifecycle: Lifecycle,
+        direction: str,
+        qty: int,
+        price: float = None,
+        **kwargs
+    ) -> str:
+        raise NotImplementedError
+
+    async def order(self, order_id: str) -> Order:
+        raise NotImplementedError
+
+    async def cancel_order(self, order_id: str):
+        raise NotImplementedError
+
+    async def positions(self) -> list[Position]:
+        raise NotImplementedError
+
+    async def cash(self) -> Cash:
+        raise NotImplementedError
+
+    async def ping(self) -> bool:
+        return True
+
+    async def quote(self, contract: Contract) -> Quote:
+        raise NotImplementedError
+
+    async def market_status(self) -> dict[str, dict[str, MarketStatus]]:
+        raise NotImplementedError
+"""
+
+
+def test_the_documents_sample_as_it_stands(tmp_path: Path) -> None:
+    names: dict[str, Any] = {}
+    exec(SAMPLE, names)
+    with Subject(names["MyTradingApi"](), tmp_path) as subject:
+        trader = subject.trader()
+        ping = trader.ping()
+        assert ping["pong"] is True
+        assert (ping["broker"], ping["brokerDisplay"]) == ("myApi", "XX证券")
+        for answer in (
+            trader.quote("US", "QQQ"),
+            trader.market(),
+            trader.cash(),
+            trader.positions(),
+            trader.place(subject.limit()),
+            trader.state("1"),
+            trader.cancel("1"),
+        ):
+            assert (answer.status, answer.code) == (422, "UNSUPPORTED"), answer
