@@ -951,13 +951,13 @@ def test_a_kick_out_is_told_and_not_fought(
         intruder.start()
         try:
             exchange.wait_for(lambda: len(exchange.received("connect")) == 2)
-            end = time.monotonic() + 20
-            while "taken over the push connection" not in caplog.text:
-                assert time.monotonic() < end
-                time.sleep(0.02)
+            wait_for(lambda: "taken over the push connection" in caplog.text, "the warning")
             place(broker)  # and orders go on
-            # Longer than the first pauses: nobody came back to fight.
-            assert not threading.Event().wait(1.5)
+
+            def keepers() -> list[threading.Thread]:
+                return [t for t in threading.enumerate() if t.name == "httptrading-tiger-push"]
+
+            wait_for(lambda: len(keepers()) == 1, "the kicked one to leave it to the other")
             assert len(exchange.received("connect")) == 2
         finally:
             intruder.stop()
@@ -977,7 +977,10 @@ def test_push_that_is_down_or_deaf_holds_nothing(
 
 @pytest.mark.parametrize("trusted", [True, False], ids=["trusted", "unknown"])
 def test_the_push_certificate_is_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    trusted: bool,
 ) -> None:
     certificate = self_signed_certificate(tmp_path)
     if trusted:
@@ -991,7 +994,7 @@ def test_the_push_certificate_is_checked(
                 broker.link.wait_for(lambda: broker.link.reports)
             else:
                 place(broker)
-                assert not threading.Event().wait(1.0)
+                wait_for(lambda: "push connection to Tiger is down" in caplog.text, "the warning")
                 assert not exchange.received("connect")
 
 
@@ -1002,7 +1005,10 @@ def test_a_gateway_of_ones_own_has_no_push_at_tiger(args: dict[str, Any]) -> Non
 
 
 # --- in the service ---------------------------------------------------------------------------
-INSTANCES = {"TigerInstance0001": "tigerServiceToken01", "TigerInstance0002": "tigerServiceToken02"}
+LOGINS = [
+    ("TigerInstance0001", ["tigerServiceToken01"]),
+    ("TigerInstance0002", ["tigerServiceToken02"]),
+]
 LIMIT_ORDER = {
     "tradeType": "Securities",
     "ticker": "AAPL",
@@ -1022,8 +1028,8 @@ def service(
 ) -> Iterator[list[Trader]]:
     """A running service with one instance per account, with Tiger's real limits; its clients."""
     brokers = [
-        Tiger(arguments(gateway, directory, account) | changes, instance_id, [token])
-        for account, (instance_id, token) in zip(accounts, INSTANCES.items(), strict=False)
+        Tiger(arguments(gateway, directory, account) | changes, *login)
+        for account, login in zip(accounts, LOGINS, strict=False)
     ]
     app = create_app(brokers=brokers, data_dir=directory / "data")
     traders = [Trader(app, broker.instance_id, broker.tokens[0]) for broker in brokers]
@@ -1065,6 +1071,27 @@ def test_ten_orders_at_once(gateway: TigerGateway, exchange: Exchange, tmp_path:
         assert len({answer["orderId"] for answer in answers}) == len(exchange.orders) == 10
         # Half a second on an idle machine; a busy one gets a few more.
         assert max(answer.seconds for answer in answers) < 5
+
+
+def test_tiger_is_away_when_the_service_starts(tmp_path: Path) -> None:
+    exchange = Exchange()
+    gateway = TigerGateway(exchange, tiger_id=new_tiger_id(), accounts=(PRIME,))
+    with gateway:
+        broker = Tiger(arguments(gateway, tmp_path), *next(iter(LOGINS)))
+    app = create_app(brokers=[broker], data_dir=tmp_path / "data")
+    trader = Trader(app, broker.instance_id, broker.tokens[0])
+    try:
+        answer = wait_for(
+            lambda: (lambda a: a if a.code == "BROKER_UNAVAILABLE" else None)(trader.cash()),
+            "a clear answer",
+        )
+        assert answer.status == 503 and "Tiger's gateway cannot be reached" in answer["ex"]
+        with gateway:
+            # Promised within 5 s; a busy machine gets twice that.
+            wait_for(lambda: trader.place(LIMIT_ORDER).ok, "orders to be served", patience=10)
+            exchange.wait_for(lambda: exchange.received("subscribe"))
+    finally:
+        app.extensions["httptrading"].close()
 
 
 def test_never_more_calls_than_tiger_allows(
