@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from httptrading.brokers.ib_answers import Ticks, refusal
 from httptrading.brokers.ib_book import BookedOrder, OrderBook, is_refusal
-from httptrading.errors import BrokerUnavailable, HttpTradingError, TimedOut
+from httptrading.errors import BrokerUnavailable, HttpTradingError, Rejected, TimedOut
 from httptrading.model import Fill, Order
 
 log = logging.getLogger("httptrading.interactive_brokers")
@@ -33,6 +33,7 @@ DELAYED_IF_NOT_LIVE = 3
 CLIENT_ID_IN_USE = 326
 LINK_LOST = {1100, 2110}  # TWS runs but has no connection to IB's servers
 LINK_RESTORED = {1101, 1102}
+PORT_CHANGED = 1300
 UNLINKED = "TWS is running but has no connection to IB's servers; it reconnects by itself"
 
 ALIVE_LIMIT = 4.0
@@ -108,6 +109,8 @@ class TwsSession:
             ) from None
         except ConnectionError:
             raise BrokerUnavailable(f"TWS at {self._host}:{self._port} hung up") from None
+        except Rejected as refused:  # the Read-Only API does not even list orders
+            raise BrokerUnavailable(f"TWS does not let the gateway in: {refused.text}") from None
         self._is_live = True
         self._start(self._beat())
 
@@ -367,6 +370,8 @@ class TwsSession:
             self._is_linked = True
             if self._is_live:
                 self._lose("TWS is connected to IB's servers again; reading everything anew")
+        elif code == PORT_CHANGED:
+            self._lost_by = text
         elif request_id in self._quotes:
             if is_refusal(code):
                 self._quotes[request_id].error = (code, text)

@@ -465,6 +465,24 @@ def test_a_client_id_in_use_is_said_and_tried_again(tws: Tws, tmp_path: Path) ->
         until(trader.cash)
 
 
+def test_a_read_only_api_is_said(tws: Tws, exchange: Exchange, tmp_path: Path) -> None:
+    text = "321 Error validating request: The API interface is currently in Read-Only mode."
+    exchange.fault("orders", FaultKind.REFUSE, text=text, times=100)
+    with desk(tws, tmp_path) as subject:
+        answer = until(subject.trader().cash, "BROKER_UNAVAILABLE")
+        assert "Read-Only mode" in answer["ex"]
+        exchange.clear_faults()
+        until(subject.trader().cash)
+
+
+def test_a_changed_port_is_said(trader: Trader, tws: Tws) -> None:
+    """The connection ends; nothing listens at the old port, which is what the answer says."""
+    tws.say(1300, "TWS socket port has been reset and this connection is being dropped.")
+    tws.stop()
+    answer = until(trader.cash, "BROKER_UNAVAILABLE")
+    assert "port" in answer["ex"] or "start TWS" in answer["ex"]
+
+
 @pytest.mark.parametrize("data_kept", [True, False], ids=["1102", "1101"])
 def test_the_link_to_ibs_servers(
     subject: Subject, trader: Trader, tws: Tws, data_kept: bool
