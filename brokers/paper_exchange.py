@@ -83,7 +83,8 @@ NO_FEES = {region: Fee() for region in FEES}
 
 @dataclass
 class PaperOrder:
-    """One row of `paper_order`; `value` is the sum of quantity times price over its fills."""
+    """One row of `paper_order`, in the order of its columns; `value` is the sum of quantity times
+    price over its fills."""
 
     number: int
     mark: str
@@ -593,7 +594,7 @@ class _Account:
     def orders(self, wanted: sa.ColumnElement[bool] | sa.TextClause) -> list[PaperOrder]:
         """Oldest first."""
         query = ORDERS.select().where(wanted).order_by(ORDERS.c.number)
-        return [PaperOrder(**row._mapping) for row in self._db.execute(query)]
+        return [PaperOrder(*row) for row in self._db.execute(query)]
 
     def find(self, order_id: str) -> PaperOrder:
         # Python's int() also takes "1_0" and " 1": such ids are nobody's.
@@ -694,7 +695,7 @@ class _Account:
     # --- holdings ---------------------------------------------------------------------------
     def holdings(self) -> list[Holding]:
         query = HOLDINGS.select().order_by(HOLDINGS.c.region, HOLDINGS.c.ticker)
-        return [Holding(**row._mapping) for row in self._db.execute(query)]
+        return [Holding(*row) for row in self._db.execute(query)]
 
     def held(self, region: str, ticker: str) -> Decimal:
         return sum(
