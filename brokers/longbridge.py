@@ -9,19 +9,17 @@ Facts and their sources: docs/brokers/longbridge.md.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
-import importlib
 import logging
 import os
 import re
-import stat
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 from zoneinfo import ZoneInfo
 
+from httptrading.brokers import longbridge_sdk
 from httptrading.brokers.base import BaseBroker, Window, combine
 from httptrading.brokers.longbridge_hours import (
     ZONES,
@@ -35,12 +33,15 @@ from httptrading.brokers.longbridge_rest import LongPortRest, NoAnswer, NotSent,
 from httptrading.brokers.longbridge_token import Token, TokenFile, TokenFileError
 from httptrading.brokers.longbridge_words import (
     OPEN_WORDS,
+    UNKNOWN_ORDER_CODE,
+    CodedRejection,
     name_of,
     parse_cash,
     parse_fill,
     parse_order,
     parse_positions,
     push_row,
+    refusal,
     to_order_body,
     to_symbol,
     usual_currency,
@@ -49,7 +50,6 @@ from httptrading.brokers.registry import broker_register
 from httptrading.errors import (
     BrokerError,
     BrokerUnavailable,
-    HttpTradingError,
     OrderNotFound,
     OutcomeUnknown,
     RateLimited,
@@ -84,16 +84,6 @@ ADDRESSES = {
 
 ARGUMENTS = {"app_key", "app_secret", "token_file", "auto_refresh_token", *ADDRESSES}
 
-TOKEN_CODES = {401001, 401002, 401003, 401004}
-ACCESS_CODES = {
-    403201: "the signature is wrong: check app_secret, and this machine's clock",
-    403203: "the app key is not known: check app_key",
-    403205: "this machine's IP address is not allowed: check the developer centre",
-}
-DUPLICATE_CODE = 403202
-UNKNOWN_ORDER_CODE = 602001  # "param check failed"; for an order id: not (yet) known
-UNKNOWN_QUOTE_RATE_CODE = 301606
-
 GAP = 0.02
 """Seconds between two trade calls, at least (LongPort's documentation, "Rate Limit")."""
 
@@ -101,30 +91,10 @@ CALLS_TO_CONNECT = 5
 """Quote calls that the SDK makes by itself while it connects: the quote profile, and the trading
 days of four markets (rust/src/quote/core.rs)."""
 
+PROBE_SECONDS = 4.0
 WATCH_SECONDS = 0.5
 RENEWAL_LOOK_SECONDS = 5.0
-HISTORY = timedelta(days=90)  # the longest range of one history request
-
-
-def newest_socket() -> tuple[int, int] | None:
-    """Descriptor and inode of this process's newest socket; None where that cannot be seen.
-
-    Right after a context has been made that is its WebSocket: the connection for the one-time
-    password came before it and is still there, or has left its lower descriptor.
-    """
-    try:
-        descriptors = sorted((int(name) for name in os.listdir("/dev/fd")), reverse=True)
-    except (OSError, ValueError):
-        return None
-    return next((found for each in descriptors if (found := socket_at(each))), None)
-
-
-def socket_at(descriptor: int) -> tuple[int, int] | None:
-    try:
-        found = os.fstat(descriptor)
-    except OSError:
-        return None
-    return (descriptor, found.st_ino) if stat.S_ISSOCK(found.st_mode) else None
+HISTORY = timedelta(days=89)  # one history request spans 90 days at most
 
 
 # --- the broker -------------------------------------------------------------------------------
@@ -209,20 +179,23 @@ class LongBridge(BaseBroker):
         token = self._usable_token(self._file.read)
         self._tasks, self._calendars, self._currencies = [], {}, {}
         self._rest = self._rest_with(None)
+        # Before the SDK, which would wait for a silent LongBridge for 30 s.
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                await self.ping()
+        except (TimeoutError, TimedOut):
+            raise BrokerUnavailable("LongBridge does not answer") from None
         if self.connection == "trade":
-            await self._get("/v1/socket/token")
             self._renewer = Renewer(self._file, self._app_key, self._rest_with, renews=self._renews)
             self._watch(self._renewer.look, RENEWAL_LOOK_SECONDS)
         elif self.connection == "quote":
-            self._connect_sdk(token)
+            self._context = longbridge_sdk.quote_context(self._access(token))
             for _ in range(CALLS_TO_CONNECT):
                 await self._take("quote", patience=2.0)
         else:
-            await self._take("trade", patience=5.0)
-            self._connect_sdk(token)
-            # What changed while no pushes came.
-            data = await self._get("/v1/trade/order/today")
-            self.report(*map(parse_order, data.get("orders") or ()))
+            self._context = longbridge_sdk.push_context(self._access(token), self._on_order_changed)
+            self._watch(self._look_at_push)
+            await self._report_today()
         self._watch(lambda: self._look_at_token(token))
 
     def _rest_with(self, token: Token | None) -> LongPortRest:
@@ -234,27 +207,10 @@ class LongBridge(BaseBroker):
             lambda: (token or self._file.current()).text,
         )
 
-    def _connect_sdk(self, token: Token) -> None:
-        openapi = importlib.import_module("longport.openapi")
-
-        config = openapi.Config(
-            app_key=self._app_key,
-            app_secret=self._app_secret,
-            access_token=token.text,
-            enable_print_quote_packages=False,
-            **self._urls,
+    def _access(self, token: Token) -> longbridge_sdk.Access:
+        return longbridge_sdk.Access(
+            self._app_key, self._app_secret, token.text, self._urls, self._file.path
         )
-        with self._sdk_errors(connecting=True):
-            if self.connection == "quote":
-                self._context = openapi.QuoteContext(config)
-                return
-            self._context = openapi.TradeContext(config)
-            socket = newest_socket()
-            # Before `subscribe`: the SDK locks up when it is set while pushes arrive.
-            self._context.set_on_order_changed(self._on_order_changed)
-            self._context.subscribe([openapi.TopicType.Private])
-        if socket is not None:
-            self._watch(lambda: self._look_at_socket(socket))
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -268,7 +224,10 @@ class LongBridge(BaseBroker):
     def _watch(self, look: Callable[[], Awaitable[None]], pause: float = WATCH_SECONDS) -> None:
         async def forever() -> None:
             while True:
-                await look()
+                try:
+                    await look()
+                except Exception as error:
+                    log.error("LongBridge: a look failed (%s)", type(error).__name__)
                 await asyncio.sleep(pause)
 
         self._tasks.append(asyncio.get_running_loop().create_task(forever()))
@@ -283,10 +242,20 @@ class LongBridge(BaseBroker):
         if token.text != connected_with.text and self.connection != "trade":
             self.lost("The LongBridge token was replaced: connecting with the new one")
 
-    async def _look_at_socket(self, socket: tuple[int, int]) -> None:
-        # The SDK reconnects by itself without a word; what was pushed meanwhile is lost.
-        if socket_at(socket[0]) != socket:
+    async def _look_at_push(self) -> None:
+        if self._context.is_broken:
+            # What was pushed meanwhile is lost: the next copy lists today's orders.
             self.lost("The connection for LongBridge's order pushes broke")
+
+    async def _report_today(self) -> None:
+        """What changed while no pushes came."""
+        try:
+            await self._take("trade", patience=5.0)
+        except RateLimited:
+            log.warning("no free slot to list today's orders after connecting LongBridge's pushes")
+            return
+        data = await self._get("/v1/trade/order/today")
+        self.report(*map(parse_order, data.get("orders") or ()))
 
     def _on_order_changed(self, event: Any) -> None:
         """On a thread of the SDK, which swallows whatever is raised here."""
@@ -294,7 +263,7 @@ class LongBridge(BaseBroker):
             self.report(parse_order(push_row(event)))
         except Exception as error:
             log.error("an order push could not be read (%s)", type(error).__name__)
-        self.stale()
+            self.stale()
 
     # --- the token ----------------------------------------------------------------------------
     def _usable_token(self, read: Callable[[], Token]) -> Token:
@@ -331,55 +300,15 @@ class LongBridge(BaseBroker):
         self._usable_token(self._file.current)
         try:
             return await self._rest.request(method, path, query, body)
-        except NotSent:
+        except TokenFileError as error:
+            raise BrokerUnavailable(str(error)) from None
+        except NotSent as error:
+            what = "certificates and clock" if "SSL" in str(error) else "network and proxy"
             raise BrokerUnavailable(
-                "LongBridge cannot be reached: check this machine's network"
+                f"LongBridge cannot be reached ({error}): check this machine's {what}"
             ) from None
         except Refused as refused:
-            raise self._refusal(refused) from None
-
-    def _refusal(self, refused: Refused) -> Exception:
-        """LongPort's refusal as an error of the tree, or NoAnswer where it proves nothing."""
-        code = refused.code
-        if refused.status == 429 or 429000 <= code < 430000 or code == UNKNOWN_QUOTE_RATE_CODE:
-            return RateLimited(
-                "LongBridge's rate limit refused it; nothing was done", retry_after=3
-            )
-        if refused.status == 401 or code in TOKEN_CODES:
-            return BrokerUnavailable(
-                f"LongBridge no longer accepts the token in {self._file.path} (code {code}): fetch "
-                "a new one in the developer centre and put it there"
-            )
-        if code in ACCESS_CODES:
-            return BrokerUnavailable(f"LongBridge refuses access: {ACCESS_CODES[code]}")
-        if code == DUPLICATE_CODE or refused.status >= 500 or 500000 <= code < 501000:
-            return NoAnswer(str(code))
-        return _CodedRejection(refused.message or "LongBridge refused it", code)
-
-    @contextlib.contextmanager
-    def _sdk_errors(self, *, connecting: bool = False) -> Iterator[None]:
-        openapi = importlib.import_module("longport.openapi")
-
-        try:
-            yield
-        except openapi.OpenApiException as error:
-            code, message = error.code, str(error.message)
-            if code is not None:
-                found = self._refusal(Refused(0, int(code), message))
-                if isinstance(found, HttpTradingError) and not (
-                    connecting and isinstance(found, Rejected)
-                ):
-                    raise found from None
-            if not connecting:
-                raise TimedOut("LongBridge's quote connection gave no answer") from None
-            if "connections limitation" in message:
-                raise BrokerUnavailable(
-                    "LongBridge allows no further connection of this account: close another program"
-                ) from None
-            raise BrokerUnavailable(
-                f"LongBridge's {self.connection} connection cannot be made"
-                + (f" (code {code})" if code is not None else "")
-            ) from None
+            raise refusal(refused, self._file.path) from None
 
     # --- the operations: trading --------------------------------------------------------------
     async def ping(self) -> bool:
@@ -444,7 +373,7 @@ class LongBridge(BaseBroker):
         _check_order_id(order_id)
         try:
             return parse_order(await self._get("/v1/trade/order", {"order_id": order_id}))
-        except _CodedRejection as refused:
+        except CodedRejection as refused:
             if refused.longport_code == UNKNOWN_ORDER_CODE:
                 raise OrderNotFound(f"LongBridge knows no order {order_id}") from None
             raise
@@ -454,41 +383,42 @@ class LongBridge(BaseBroker):
         older ones that are still open."""
         now = datetime.now(UTC)
         data = await self._get("/v1/trade/order/today")
-        reports = {row["order_id"]: parse_order(row) for row in data.get("orders") or ()}
+        rows = data.get("orders") or []
         for query in (
             _range(now - timedelta(days=2), now),
             _range(now - HISTORY, now) | {"status": OPEN_WORDS},
         ):
-            for row in await self._history(query):
-                reports.setdefault(row["order_id"], parse_order(row))
-        return list(reports.values())
-
-    async def _history(self, query: dict[str, str | Sequence[str]]) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = []
-        while True:
-            await self._another_slot()
-            data = await self._get("/v1/trade/order/history", query)
-            page = data.get("orders") or []
-            rows += page
-            if not data.get("has_more") or not page:
-                return rows
-            oldest = min(int(row["submitted_at"]) for row in page)
-            if str(oldest) == query["end_at"]:
-                raise TimedOut("LongBridge's list of orders does not end; try again")
-            query = {**query, "end_at": str(oldest)}
+            rows += await self._pages("order", "orders", "submitted_at", query)
+        # Today's list first: of an order in several, it has the latest.
+        return list({row["order_id"]: parse_order(row) for row in reversed(rows)}.values())
 
     async def fills(self, order_id: str) -> list[Fill]:
         _check_order_id(order_id)
-        query = {"order_id": order_id}
-        data = await self._get("/v1/trade/execution/today", query)
-        found = [parse_fill(row) for row in data.get("trades") or ()]
-        if not found:
+        data = await self._get("/v1/trade/execution/today", {"order_id": order_id})
+        rows = data.get("trades") or []
+        now = datetime.now(UTC)
+        rows += await self._pages(
+            "execution", "trades", "trade_done_at", _range(now - HISTORY, now)
+        )
+        mine = [row for row in rows if str(row["order_id"]) == order_id]
+        return list({row["trade_id"]: parse_fill(row) for row in mine}.values())
+
+    async def _pages(
+        self, what: str, key: str, moment: str, query: dict[str, str | Sequence[str]]
+    ) -> list[dict[str, Any]]:
+        """Every row of a history request, which answers the latest ones first."""
+        rows: list[dict[str, Any]] = []
+        while True:
             await self._another_slot()
-            now = datetime.now(UTC)
-            data = await self._get("/v1/trade/execution/history", _range(now - HISTORY, now))
-            rows = data.get("trades") or ()
-            found = [parse_fill(row) for row in rows if str(row["order_id"]) == order_id]
-        return found
+            data = await self._get(f"/v1/trade/{what}/history", query)
+            page = data.get(key) or []
+            rows += page
+            if not data.get("has_more") or not page:
+                return rows
+            oldest = str(min(int(row[moment]) for row in page))
+            if oldest == query["end_at"]:
+                raise TimedOut(f"LongBridge's {what} history does not end; try again")
+            query = {**query, "end_at": oldest}
 
     async def _another_slot(self) -> None:
         """For a further trade call within one operation."""
@@ -523,7 +453,7 @@ class LongBridge(BaseBroker):
     async def quote(self, contract: Contract) -> Quote:
         symbol = to_symbol(contract)
         currency = usual_currency(contract) or await self._currency(symbol)
-        with self._sdk_errors():
+        with longbridge_sdk.errors("quote", self._file.path):
             rows = self._context.quote([symbol])
         if not rows:
             raise Rejected(f"LongBridge has no quote for {symbol}")
@@ -543,7 +473,7 @@ class LongBridge(BaseBroker):
     async def _currency(self, symbol: str) -> str:
         """Asked once for each security."""
         if symbol not in self._currencies:
-            with self._sdk_errors():
+            with longbridge_sdk.errors("quote", self._file.path):
                 rows = self._context.static_info([symbol])
             if not rows or not rows[0].currency:
                 raise Rejected(f"LongBridge knows no security {symbol}")
@@ -564,13 +494,13 @@ class LongBridge(BaseBroker):
         return {TradeType.Securities: {region: found[region] for region in ZONES}}
 
     async def _session_state(self, region: str) -> MarketStatus:
-        openapi = importlib.import_module("longport.openapi")
+        openapi = longbridge_sdk.load()
 
         now = datetime.now(ZoneInfo(ZONES[region]))
         today = now.date()
         if self._periods_day != datetime.now(UTC).date():
             await self._take("quote", patience=2.0)
-            with self._sdk_errors():
+            with longbridge_sdk.errors("quote", self._file.path):
                 sessions = self._context.trading_session()
             self._periods_day = datetime.now(UTC).date()
             self._periods = {
@@ -584,23 +514,12 @@ class LongBridge(BaseBroker):
         if calendar is None or not calendar.first <= today < calendar.last:
             first, last = today, today + timedelta(days=7)
             await self._take("quote", patience=2.0)
-            with self._sdk_errors():
+            with longbridge_sdk.errors("quote", self._file.path):
                 days = self._context.trading_days(getattr(openapi.Market, region), first, last)
             half = frozenset(days.half_trading_days)
             calendar = Calendar(first, last, frozenset(days.trading_days) | half, half)
             self._calendars[region] = calendar
         return session_state(region, now, self._periods.get(region, ()), calendar)
-
-
-class _CodedRejection(Rejected):
-    """LongPort's refusal, with its code."""
-
-    def __init__(self, text: str, code: int) -> None:
-        super().__init__(f"{text} (LongBridge code {code})")
-        self.longport_code = code
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Rejected, (self.text,)  # to another process it is a plain one
 
 
 def _check_order_id(order_id: str) -> None:

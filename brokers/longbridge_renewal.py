@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from httptrading.brokers.longbridge_rest import LongPortRest, NoAnswer, NotSent, Refused
+from httptrading.brokers.longbridge_rest import LongPortRest, NotSent, Refused
 from httptrading.brokers.longbridge_token import (
     RENEW_BEFORE,
     Renewal,
@@ -26,6 +27,7 @@ log = logging.getLogger("httptrading.longbridge")
 
 RENEWAL_SECONDS = 20.0
 GRANT = timedelta(days=90)
+COMPLAINT_SECONDS = 3600.0
 
 
 def parse_grant(data: Any) -> Token:
@@ -61,18 +63,30 @@ class Renewer:
         self._renews = renews
         self._unwritten: Token | None = None
         self._running: asyncio.Task[None] | None = None
+        self._complaint = ""
+        self._complained = 0.0
 
     async def look(self) -> None:
-        if self._unwritten is not None:
-            with Renewal(self._file.path, self._app_key) as renewal:
-                if renewal.is_held:
-                    self._write(renewal, self._unwritten)
-        elif self._renews and self._is_near_its_end():
-            with Renewal(self._file.path, self._app_key) as renewal:
-                due = renewal.token is not None
-            if due:
-                # A task of its own, never cancelled: half of a renewal loses the token.
-                self._running = asyncio.get_running_loop().create_task(self._renew())
+        try:
+            if self._unwritten is not None:
+                with Renewal(self._file.path, self._app_key) as renewal:
+                    if renewal.is_held:
+                        self._write(renewal, self._unwritten)
+            elif self._renews and self._is_near_its_end():
+                with Renewal(self._file.path, self._app_key) as renewal:
+                    due = renewal.token is not None
+                if due:
+                    # A task of its own, never cancelled: half of a renewal loses the token.
+                    self._running = asyncio.get_running_loop().create_task(self._renew())
+        except TokenFileError as error:
+            self._complain(str(error))
+
+    def _complain(self, text: str) -> None:
+        """The same complaint is logged once in a while only."""
+        now = time.monotonic()
+        if text != self._complaint or now > self._complained + COMPLAINT_SECONDS:
+            self._complaint, self._complained = text, now
+            log.error("%s", text)
 
     def _is_near_its_end(self) -> bool:
         if self._running is not None and not self._running.done():
@@ -101,7 +115,7 @@ class Renewer:
                     data = await rest.request("GET", "/v1/token/refresh", query)
                 self._write(renewal, parse_grant(data))
             except TokenFileError as error:
-                log.error("%s", error)
+                self._complain(str(error))
             except (NotSent, Refused) as error:
                 code = f" (code {error.code})" if isinstance(error, Refused) else ""
                 log.error(
@@ -110,10 +124,11 @@ class Renewer:
                     datetime.fromtimestamp(old.expiry, UTC),
                     code,
                 )
-            except (NoAnswer, TimeoutError, ValueError):
+            except Exception as error:  # NoAnswer, TimeoutError, an answer that is no token
                 log.critical(
-                    "LongBridge gave no clear answer to the renewal of the token: the old one goes "
-                    "on while it is accepted; if it is not, put a new one in %s",
+                    "LongBridge gave no clear answer to the renewal of the token (%s): the old one "
+                    "goes on while it is accepted; if it is not, put a new one in %s",
+                    type(error).__name__,
                     self._file.path,
                 )
             finally:

@@ -15,9 +15,10 @@ import json
 import ssl
 import time
 import urllib.request
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 CONNECT_SECONDS = 5.0
 LARGEST_ANSWER = 32 * 1024 * 1024
@@ -65,9 +66,10 @@ class LongPortRest:
         """The `data` of the answer; NotSent, NoAnswer or Refused."""
         async with self._lock:
             reader, writer = await self._connected()
+            request = self._signed(method, path, encode_query(query or {}), body)
             keep = False
             try:
-                writer.write(self._signed(method, path, encode_query(query or {}), body))
+                writer.write(request)
                 await writer.drain()
                 status, text, keep = await read_answer(reader)
             except (OSError, EOFError, ValueError) as error:
@@ -92,6 +94,8 @@ class LongPortRest:
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 self._streams = await open_streams(self._url.scheme, *address(self._url.netloc))
+        except asyncio.CancelledError:
+            raise NotSent("no connection by the deadline") from None  # not "perhaps sent"
         except (OSError, EOFError, ValueError, TimeoutError) as error:
             raise NotSent(type(error).__name__) from None
         return self._streams
@@ -145,12 +149,16 @@ async def open_streams(
     proxy = urllib.request.getproxies().get("https") if secure else None
     if proxy is None or urllib.request.proxy_bypass(host):
         return await asyncio.open_connection(host, port, ssl=secure, limit=LARGEST_ANSWER)
-    proxy_host, proxy_port = address(urlsplit(proxy).netloc.rpartition("@")[2])
+    login, _, netloc = urlsplit(proxy).netloc.rpartition("@")
+    proxy_host, proxy_port = address(netloc)
+    asked = f"CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}:{port}\r\n"
+    if login:
+        asked += f"Proxy-Authorization: Basic {b64encode(unquote(login).encode()).decode()}\r\n"
     reader, writer = await asyncio.open_connection(
         proxy_host, proxy_port or 8080, limit=LARGEST_ANSWER
     )
     try:
-        writer.write(f"CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
+        writer.write(f"{asked}\r\n".encode())
         answer = await reader.readuntil(b"\r\n\r\n")
         if answer.split(None, 2)[1] != b"200":
             raise ConnectionRefusedError

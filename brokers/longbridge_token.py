@@ -270,12 +270,15 @@ class Renewal:
         self._locked = False
 
     def __enter__(self) -> Renewal:
-        """Never waits: where another process holds the lock, that one renews."""
+        """Never waits: where another process holds the lock, that one renews. TokenFileError when
+        there can be no lock at all."""
         try:
             self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             return self
+        except OSError as error:
+            raise self._unwritable(error) from None
         self._locked = True
         try:
             token = read_token(self._path, self._app_key)
@@ -328,10 +331,13 @@ class Renewal:
             replace_file(self._path, text)
             self._note_attempt()
         except OSError as error:
-            raise TokenFileError(
-                f"The LongBridge token cannot be renewed because {self._path} cannot be written "
-                f"({type(error).__name__}): make its folder writable"
-            ) from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> TokenFileError:
+        return TokenFileError(
+            f"The LongBridge token cannot be renewed because {self._path} cannot be rewritten "
+            f"({type(error).__name__}): make its folder writable"
+        )
 
     def write(self, token: Token) -> None:
         """OSError or TokenFileError when it cannot be written after all."""

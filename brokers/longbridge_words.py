@@ -1,4 +1,4 @@
-"""LongPort's words and ours: symbols, orders, money, as tables and pure functions.
+"""LongPort's words and ours: symbols, orders, money, refusals, as tables and pure functions.
 
 Rows are those of LongPort's REST answers; sources: docs/brokers/longbridge.md.
 """
@@ -9,9 +9,11 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, TypeVar
 
-from httptrading.errors import Unsupported
+from httptrading.brokers.longbridge_rest import NoAnswer, Refused
+from httptrading.errors import BrokerUnavailable, RateLimited, Rejected, Unsupported
 from httptrading.model import (
     CURRENCIES,
     Contract,
@@ -249,3 +251,43 @@ def parse_positions(data: Mapping[str, Any]) -> dict[Contract, tuple[str, Decima
             before = held.get(contract, (currency, Decimal(0)))[1]
             held[contract] = (currency, before + _number(row["quantity"]))
     return {contract: value for contract, value in held.items() if value[1]}
+
+
+# --- pure: refusals ---------------------------------------------------------------------------
+TOKEN_CODES = {401001, 401002, 401003, 401004}
+ACCESS_CODES = {
+    403201: "the signature is wrong: check app_secret, and this machine's clock",
+    403203: "the app key is not known: check app_key",
+    403205: "this machine's IP address is not allowed: check the developer centre",
+}
+DUPLICATE_CODE = 403202
+UNKNOWN_ORDER_CODE = 602001  # "param check failed"; for an order id: not (yet) known
+UNKNOWN_QUOTE_RATE_CODE = 301606
+
+
+class CodedRejection(Rejected):
+    """LongPort's refusal, with its code."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(f"{text} (LongBridge code {code})")
+        self.longport_code = code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Rejected, (self.text,)  # to another process it is a plain one
+
+
+def refusal(refused: Refused, token_file: Path) -> Exception:
+    """LongPort's refusal as an error of the tree, or NoAnswer where it proves nothing."""
+    code = refused.code
+    if refused.status == 429 or 429000 <= code < 430000 or code == UNKNOWN_QUOTE_RATE_CODE:
+        return RateLimited("LongBridge's rate limit refused it; nothing was done", retry_after=3)
+    if refused.status == 401 or code in TOKEN_CODES:
+        return BrokerUnavailable(
+            f"LongBridge no longer accepts the token in {token_file} (code {code}): fetch "
+            "a new one in the developer centre and put it there"
+        )
+    if code in ACCESS_CODES:
+        return BrokerUnavailable(f"LongBridge refuses access: {ACCESS_CODES[code]}")
+    if code == DUPLICATE_CODE or refused.status >= 500 or 500000 <= code < 501000:
+        return NoAnswer(str(code))
+    return CodedRejection(refused.message or "LongBridge refused it", code)

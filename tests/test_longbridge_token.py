@@ -285,7 +285,9 @@ class TestRenewal:
                 renewal.begin()
         assert path.read_text() == text
 
-    def test_a_bad_file_or_folder_renews_nothing(self, tmp_path: Path) -> None:
-        for path in (tmp_path / "missing.toml", tmp_path / "no folder" / "token.toml"):
-            with Renewal(path, "key") as renewal:
-                assert renewal.token is None
+    def test_a_missing_file_or_folder_renews_nothing(self, tmp_path: Path) -> None:
+        with Renewal(tmp_path / "missing.toml", "key") as renewal:
+            assert renewal.token is None
+        with pytest.raises(TokenFileError, match="folder writable"):
+            with Renewal(tmp_path / "no folder" / "token.toml", "key"):
+                pass
