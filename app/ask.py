@@ -98,13 +98,10 @@ class Ask:
         try:
             text = self.request.get_data(cache=False)
         except RequestEntityTooLarge:
-            text = b""
-            too_large = True
+            text = None
         except ClientDisconnected:
             raise InvalidRequest("The body ended before its announced length.") from None
-        else:
-            too_large = len(text) > LARGEST_BODY
-        if too_large:
+        if text is None or len(text) > LARGEST_BODY:
             raise BodyTooLarge(f"The body is larger than {LARGEST_BODY} bytes.")
         try:
             self.raw_body = load_json(text.decode("utf-8"))
