@@ -95,6 +95,18 @@ ORDER = {
 }
 
 
+STATUSES = {
+    # LongPort's words → (cancelled, failed)
+    **dict.fromkeys(("NotReported", "ReplacedNotReported", "ProtectedNotReported"), (False, False)),
+    **dict.fromkeys(("VarietiesNotReported", "WaitToNew", "NewStatus"), (False, False)),
+    **dict.fromkeys(("WaitToReplace", "PendingReplaceStatus", "ReplacedStatus"), (False, False)),
+    **dict.fromkeys(("PartialFilledStatus", "FilledStatus"), (False, False)),
+    **dict.fromkeys(("WaitToCancel", "PendingCancelStatus"), (False, False)),
+    **dict.fromkeys(("CanceledStatus", "PartialWithdrawal"), (True, False)),
+    **dict.fromkeys(("RejectedStatus", "ExpiredStatus"), (False, True)),
+}
+
+
 class Desk:
     """A running app with LongBridge instances and, at the end, one paper instance.
 
@@ -221,6 +233,30 @@ class TestWire:
         assert (answer.status, answer.code) == (422, "UNSUPPORTED")
         assert "It takes: " in answer["ex"]
         assert len(exchange.received("place")) == before
+
+    @pytest.mark.parametrize("status", STATUSES)
+    def test_pushes_and_queries_agree(
+        self, wire: tuple[Desk, Exchange], wire_server: LongPort, status: str
+    ) -> None:
+        desk, exchange = wire
+        trader = desk.served()
+        wait_for(lambda: [c for c in wire_server.connected("trade") if c.topics], "the pushes")
+        nodes = []
+        for asked in (True, False):
+            order_id = trader.placed(ORDER)
+            wire_server.status_words[order_id] = status
+            exchange.orders[order_id].reason = "its words"
+            exchange.fill(order_id, 5, "12.30")
+            if not asked:
+                exchange.forget(order_id)  # from now on only the push can have told
+            node = trader.wait_order(order_id, filledQty=5)
+            nodes.append({name: value for name, value in node.items() if name != "orderId"})
+        queried, pushed = nodes
+        assert queried == pushed
+        canceled, failed = STATUSES[status]
+        assert queried["isCanceled"] is canceled
+        assert queried["errorReason"] == ("its words" if failed else "")
+        assert queried["isCompleted"] is (canceled or failed)
 
     def test_quotes(self, wire: tuple[Desk, Exchange], wire_server: LongPort) -> None:
         desk, exchange = wire
@@ -578,6 +614,32 @@ class TestLife:
             assert trader.order(key="in-flight")["qty"] == 12
         assert len(exchange.orders) == 1
         assert len(exchange.received("place")) == (2 if kind is FaultKind.HANG else 1)
+
+    def test_killed_again_and_again_while_trading(
+        self, exchange: Exchange, server: LongPort, tmp_path: Path
+    ) -> None:
+        """Whatever moment it is killed at: each client that repeats its request ends with exactly
+        one order."""
+        token_file(tmp_path)
+        keys = [f"order-{number}" for number in range(8)]
+        with Desk(tmp_path / "data", broker(server, tmp_path)) as desk:
+            desk.served()
+
+            def insist(key: str) -> Answer:
+                trader = desk.trader()
+                return wait_for(
+                    lambda: (lambda a: a if a.ok else None)(trader.place(ORDER, key=key)), key, 60
+                )
+
+            with ThreadPoolExecutor(len(keys)) as pool:
+                placing = [pool.submit(insist, key) for key in keys]
+                for number in (1, 3, 6):
+                    exchange.wait_for(lambda n=number: len(exchange.received("place")) >= n, 60)
+                    os.kill(wait_for(lambda: desk.child("trade"), "a child"), signal.SIGKILL)
+                ids = {future.result()["orderId"] for future in placing}
+        assert ids == set(exchange.orders) and len(ids) == len(keys)
+        marks = [order.mark for order in exchange.orders.values()]
+        assert len(set(marks)) == len(keys)
 
     def test_silent_for_ever(self, exchange: Exchange, server: LongPort, tmp_path: Path) -> None:
         token_file(tmp_path)
