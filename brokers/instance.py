@@ -30,10 +30,12 @@ from httptrading.brokers.journal import (
     PLACED,
     REFUSED,
     SEEN,
+    UNKNOWN,
     UNSETTLED,
     Journal,
     JournalOrder,
     OrderRequest,
+    Outcome,
 )
 from httptrading.brokers.limits import WindowState, account_windows
 from httptrading.brokers.local import LocalBroker
@@ -412,12 +414,11 @@ class Instance:
                 del self._placing[key]
 
     def _give_back(self, key: str, placement: Placement, error: BaseException) -> None:
-        """Ends a placement whose call never ran (or has ended)."""
+        """Ends a placement that was never let run."""
         call = placement.call
-        if call is None or call.done():
+        if (call is None or not call.ready) and not placement.done():
             self._forget(key, placement)
-            if not placement.done():
-                placement.set_exception(error)
+            placement.set_exception(error)
 
     def _send(
         self,
@@ -427,17 +428,15 @@ class Instance:
         placement: Placement,
         deadline: float,
     ) -> None:
+        """Takes a place in the queue, records the order durably, and only then lets it run.
+
+        In this order nothing is recorded for a call that is refused, and the request's own thread
+        waits for the disk, not the worker, so that orders that come together are written together.
+        """
         mark = placement.mark = self._journal.mark(self.id, key, attempt)
 
-        def begin() -> None:
-            self.settlement.call_began(mark)
-            placement.row_id, placement.created = self._journal.begin(
-                self.id, key, attempt, request
-            )
-            self._reads.stale()
-
         def finish(order_id: Any, error: HttpTradingError | None) -> None:
-            self._finish_place(placement, order_id, error)
+            self._finish_place(key, placement, order_id, error)
 
         arguments = {
             "contract": request.contract,
@@ -450,49 +449,85 @@ class Instance:
             "client_order_id": key,
             "mark": mark,
         }
-        call = Call("place_order", arguments, deadline, begin=begin, finish=finish)
-        self._worker("place_order").submit(call)
+        begin = self._reads.stale
+        call = Call("place_order", arguments, deadline, begin=begin, finish=finish, ready=False)
+        worker = self._worker("place_order")
+        worker.submit(call)
         placement.call = call
-        call.add_done_callback(lambda call: self._placement_ended(key, placement, call))
+        call.add_done_callback(lambda call: self._placement_ended(key, placement))
+        self.settlement.call_began(mark)
+        try:
+            placement.row_id, placement.created = self._journal.begin(
+                self.id, key, attempt, request
+            )
+        except BaseException:
+            self.settlement.call_ended(mark, settled=False)
+            worker.withdraw(call)
+            raise
+        if not worker.release(call):
+            error = call.exception()
+            assert isinstance(error, HttpTradingError)
+            self._write(placement, Outcome(NOT_PLACED, reason=error.text), lambda: None)
+            raise _own(error)
 
     def _finish_place(
-        self, placement: Placement, order_id: Any, error: HttpTradingError | None
+        self, key: str, placement: Placement, order_id: Any, error: HttpTradingError | None
     ) -> None:
-        """Writes what became of a sent order; on the worker, before anybody is answered."""
+        """On the worker, which does not wait for the disk: what became of a sent order."""
         self._reads.stale()
-        row_id, mark = placement.row_id, placement.mark
-        if row_id is None:  # the journal could not be written, so nothing was sent
-            self.settlement.call_ended(mark, settled=False)
-            return
-        settled = True
         if error is None and not _no_id(order_id):
-            write = partial(self._journal.placed, row_id, str(order_id))
+            outcome = Outcome(PLACED, order_id=str(order_id))
+            self._settle(key, placement, outcome, str(order_id))
         elif isinstance(error, Rejected):
-            write = partial(self._journal.refused, row_id, error.text)
+            self._settle(key, placement, Outcome(REFUSED, reason=error.text), error)
         elif isinstance(error, _NOTHING_SENT):
-            write = partial(self._journal.not_placed, row_id, error.text)
+            self._never_sent(key, placement, error)
         else:
-            settled = False
-            write = partial(self._journal.unknown, row_id)
-        ended = partial(self.settlement.call_ended, mark, settled=settled)
-        try:
-            write()
-        except Busy:
-            # The client is answered all the same; the journal learns it as soon as it can.
-            self._recorder.outcome(self.id, write, ended)
-        else:
-            ended()
+            self._settle(key, placement, Outcome(UNKNOWN), _unknown(key))
 
-    def _placement_ended(self, key: str, placement: Placement, call: Future[Any]) -> None:
-        self._forget(key, placement)
-        error = call.exception()
-        was_sent = placement.row_id is not None
-        if error is None and not _no_id(call.result()):
-            placement.set_result(str(call.result()))
-        elif error is None or (was_sent and not isinstance(error, (Rejected, *_NOTHING_SENT))):
-            placement.set_exception(_unknown(key))
-        else:
-            placement.set_exception(error)
+    def _never_sent(self, key: str, placement: Placement, error: HttpTradingError) -> None:
+        self._settle(key, placement, Outcome(NOT_PLACED, reason=error.text), error)
+
+    def _settle(
+        self, key: str, placement: Placement, outcome: Outcome, answer: str | HttpTradingError
+    ) -> None:
+        """Writes the outcome; when it is durable, those who wait for the order are answered."""
+
+        def resolve() -> None:
+            self._forget(key, placement)
+            if isinstance(answer, str):
+                placement.set_result(answer)
+            else:
+                placement.set_exception(answer)
+
+        self._write(placement, outcome, resolve)
+
+    def _write(self, placement: Placement, outcome: Outcome, then: Callable[[], None]) -> None:
+        """Gives the outcome to the journal; `then` runs when that is done, or has failed: the
+        client is answered all the same, and the journal learns it as soon as it can."""
+        assert placement.row_id is not None
+        settle = partial(self._journal.settle, placement.row_id, outcome)
+        settled = outcome.state != UNKNOWN
+        ended = partial(self.settlement.call_ended, placement.mark, settled=settled)
+
+        def written(future: Future[None]) -> None:
+            if future.exception() is None:
+                ended()
+            else:
+                self._recorder.outcome(self.id, lambda: settle().result(), ended)
+            then()
+
+        settle().add_done_callback(written)
+
+    def _placement_ended(self, key: str, placement: Placement) -> None:
+        """The call is over. If it ran, `_finish_place` knows more; if it is not ready, the request
+        that records it will see."""
+        call = placement.call
+        assert call is not None
+        if call.began is None and call.ready:
+            error = call.exception()
+            assert isinstance(error, HttpTradingError)
+            self._never_sent(key, placement, error)
 
     def _await_placement(
         self, placement: Placement, key: str, deadline: float, *, replayed: bool

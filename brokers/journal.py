@@ -20,19 +20,21 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import SQLAlchemyError
 
+from httptrading.brokers.group_commit import GroupCommit
 from httptrading.errors import Busy
 from httptrading.model import (
     CURRENCIES,
@@ -48,6 +50,8 @@ from httptrading.model import (
 )
 
 log = logging.getLogger("httptrading.journal")
+
+_Result = TypeVar("_Result")
 
 SENDING, PLACED, REFUSED, UNKNOWN, NOT_PLACED, SEEN = (
     "sending",
@@ -144,6 +148,15 @@ class OrderRequest:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What became of a sent order: the row's next state, with the broker's id or the reason."""
+
+    state: str
+    order_id: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class JournalOrder:
     """One row: `order` is the best knowledge, the rest is what was asked and how it stands."""
 
@@ -194,7 +207,7 @@ class Journal:
         """
         self._reader = sa.create_engine(url, pool_size=8, max_overflow=40)
         self._writer = sa.create_engine(url, pool_size=1)
-        self._write_lock = threading.Lock()
+        self._commits = GroupCommit(self._writer, _unwritable)
         self._opening = threading.Lock()
         self._gateway_id: str | None = None
         self._file: Path | None = None
@@ -211,6 +224,7 @@ class Journal:
             log.error("orders are refused until the journal can be opened")
 
     def close(self) -> None:
+        self._commits.close(2.0)
         self._reader.dispose()
         self._writer.dispose()
 
@@ -258,44 +272,50 @@ class Journal:
             "created": now,
             "updated": now,
         }
-        with self._writing() as connection:
-            inserted = connection.execute(sa.insert(_orders).values(values)).inserted_primary_key
+        insert = sa.insert(_orders).values(values)
+        inserted = self._write(lambda connection: connection.execute(insert).inserted_primary_key)
         assert inserted is not None
         return int(inserted[0]), datetime.fromtimestamp(now, UTC)
 
+    def settle(self, row_id: int, outcome: Outcome) -> Future[None]:
+        """Writes what became of a sent order; the future is done when that is durable."""
+        return self._post(lambda connection: self._apply(connection, row_id, outcome))
+
     def placed(self, row_id: int, order_id: str) -> None:
         """The broker took it under this id. What a push said of the id meanwhile is joined."""
-        with self._writing() as connection:
-            row = connection.execute(sa.select(_orders).where(_orders.c.id == row_id)).one()
-            values = {"state": PLACED, "order_id": order_id, "updated": time.time()}
-            if row.state in (NOT_PLACED, REFUSED):
-                values |= {"error_reason": "", "is_open": True}
-            self._change(connection, row, values)
+        self.settle(row_id, Outcome(PLACED, order_id=order_id)).result()
 
     def refused(self, row_id: int, reason: str) -> None:
         """The broker said no; there is no such order. (Unless a part of it has been filled.)"""
-        self._set(
-            row_id,
-            _orders.c.filled_qty == "0",
-            state=REFUSED,
-            error_reason=reason,
-            is_open=False,
-        )
+        self.settle(row_id, Outcome(REFUSED, reason=reason)).result()
 
     def unknown(self, row_id: int) -> None:
         """Sent, and no clear answer came."""
-        self._set(row_id, _orders.c.state == SENDING, state=UNKNOWN)
+        self.settle(row_id, Outcome(UNKNOWN)).result()
 
     def not_placed(self, row_id: int, reason: str) -> None:
         """Proved not to be at the broker: nothing was sent, or the broker's lists lack it."""
-        unsettled = _orders.c.state.in_(UNSETTLED)
-        self._set(row_id, unsettled, state=NOT_PLACED, error_reason=reason, is_open=False)
+        self.settle(row_id, Outcome(NOT_PLACED, reason=reason)).result()
 
-    def _set(self, row_id: int, still: sa.ColumnElement[bool], **values: Any) -> None:
-        """Changes the row as long as `still` holds for it."""
-        statement = sa.update(_orders).where(_orders.c.id == row_id, still)
-        with self._writing() as connection:
-            connection.execute(statement.values(updated=time.time(), **values))
+    def _apply(self, connection: sa.Connection, row_id: int, outcome: Outcome) -> None:
+        row = connection.execute(sa.select(_orders).where(_orders.c.id == row_id)).one()
+        values: dict[str, Any] = {"state": outcome.state, "updated": time.time()}
+        if outcome.state == PLACED:
+            values["order_id"] = outcome.order_id
+            if row.state in (NOT_PLACED, REFUSED):
+                values |= {"error_reason": "", "is_open": True}
+            self._change(connection, row, values)
+            return
+        if outcome.state == REFUSED:
+            still = row.filled_qty == "0"
+        elif outcome.state == UNKNOWN:
+            still = row.state == SENDING
+        else:
+            still = row.state in UNSETTLED
+        if still:
+            if outcome.state != UNKNOWN:
+                values |= {"error_reason": outcome.reason, "is_open": False}
+            connection.execute(sa.update(_orders).where(_orders.c.id == row_id).values(values))
 
     # --- what the broker says -----------------------------------------------------------------
     def record(
@@ -310,16 +330,24 @@ class Journal:
         with self._connected() as connection:
             planned = [self._plan(connection, instance_id, one, moment) for one in reports]
         if any(values for _, values in planned):
-            with self._writing() as connection:
-                for report in reports:
-                    row, values = self._plan(connection, instance_id, report, moment)
-                    if values and row is not None:
-                        self._change(connection, row, values)
-                    elif values:
-                        connection.execute(sa.insert(_orders).values(values))
+            self._write(lambda connection: self._join(connection, instance_id, reports, moment))
         with self._connected() as connection:
             found = [self._find(connection, instance_id, report) for report in reports]
         return [_journal_order(row) for row in found if row is not None]
+
+    def _join(
+        self,
+        connection: sa.Connection,
+        instance_id: str,
+        reports: list[OrderReport],
+        moment: float,
+    ) -> None:
+        for report in reports:
+            row, values = self._plan(connection, instance_id, report, moment)
+            if values and row is not None:
+                self._change(connection, row, values)
+            elif values:
+                connection.execute(sa.insert(_orders).values(values))
 
     def joined(self, instance_id: str, reports: Iterable[OrderReport]) -> list[JournalOrder]:
         """The rows as `record` would leave them, when they cannot be written."""
@@ -416,21 +444,22 @@ class Journal:
         """Keeps executions; one that is known already changes nothing."""
         with self._connected() as connection:
             new = [fill for fill in fills if not self._has_fill(connection, instance_id, fill)]
-        if not new:
-            return
-        with self._writing() as connection:
-            for fill in new:
-                if not self._has_fill(connection, instance_id, fill):
-                    connection.execute(
-                        sa.insert(_fills).values(
-                            instance_id=instance_id,
-                            order_id=fill.order_id,
-                            fill_id=fill.fill_id,
-                            qty=_text(fill.qty),
-                            price=_text(fill.price),
-                            time=fill.time.timestamp(),
-                        )
+        if new:
+            self._write(lambda connection: self._insert_fills(connection, instance_id, new))
+
+    def _insert_fills(self, connection: sa.Connection, instance_id: str, fills: list[Fill]) -> None:
+        for fill in fills:
+            if not self._has_fill(connection, instance_id, fill):
+                connection.execute(
+                    sa.insert(_fills).values(
+                        instance_id=instance_id,
+                        order_id=fill.order_id,
+                        fill_id=fill.fill_id,
+                        qty=_text(fill.qty),
+                        price=_text(fill.price),
+                        time=fill.time.timestamp(),
                     )
+                )
 
     @staticmethod
     def _has_fill(connection: sa.Connection, instance_id: str, fill: Fill) -> bool:
@@ -523,25 +552,13 @@ class Journal:
             return [_journal_order(row) for row in connection.execute(statement)]
 
     # --- the database -------------------------------------------------------------------------
-    @contextmanager
-    def _writing(self) -> Iterator[sa.Connection]:
-        """One durable transaction. One writer at a time: SQLite has no more, and waiting here is
-        cheaper than in its busy handler."""
-        self._open()
-        with self._write_lock, self._write_transaction() as connection:
-            yield connection
+    def _write(self, body: Callable[[sa.Connection], _Result]) -> _Result:
+        """Runs a change and returns when it is durable."""
+        return self._post(body).result()
 
-    @contextmanager
-    def _write_transaction(self) -> Iterator[sa.Connection]:
-        try:
-            with self._writer.begin() as connection:
-                yield connection
-        except SQLAlchemyError as error:
-            log.error("the journal cannot be written (%s)", _cause(error))
-            raise Busy(
-                "The order journal cannot be written (is the disk full?); nothing was sent.",
-                retry_after=5,
-            ) from None
+    def _post(self, body: Callable[[sa.Connection], _Result]) -> Future[_Result]:
+        self._open()
+        return self._commits.post(body)
 
     @contextmanager
     def _connected(self) -> Iterator[sa.Connection]:
@@ -587,25 +604,40 @@ class Journal:
                 raise Busy(
                     "The order journal cannot be made; nothing was sent.", retry_after=5
                 ) from None
-        with self._write_lock, self._write_transaction() as connection:
-            is_there = sa.inspect(connection).has_table(_about.name)
-            about = _about_of(connection) if is_there else {}
-            version = int(about.get("schema_version", len(MIGRATIONS)))
-            if version > len(MIGRATIONS):
-                raise ValueError("The journal was written by a newer version of httptrading.")
-            _metadata.create_all(connection)
-            for statements in MIGRATIONS[version:]:
-                for statement in statements:
-                    connection.execute(sa.text(statement))
-            values = {
-                "gateway_id": about.get("gateway_id", uuid.uuid4().hex),
-                "schema_version": str(len(MIGRATIONS)),
-            }
-            for name, value in values.items():
-                if about.get(name) != value:
-                    connection.execute(sa.delete(_about).where(_about.c.name == name))
-                    connection.execute(sa.insert(_about).values(name=name, value=value))
+        try:
+            return self._commits.post(self._create_or_upgrade).result()
+        except ValueError:
+            self.close()
+            raise
+
+    @staticmethod
+    def _create_or_upgrade(connection: sa.Connection) -> str:
+        is_there = sa.inspect(connection).has_table(_about.name)
+        about = _about_of(connection) if is_there else {}
+        version = int(about.get("schema_version", len(MIGRATIONS)))
+        if version > len(MIGRATIONS):
+            raise ValueError("The journal was written by a newer version of httptrading.")
+        _metadata.create_all(connection)
+        for statements in MIGRATIONS[version:]:
+            for statement in statements:
+                connection.execute(sa.text(statement))
+        values = {
+            "gateway_id": about.get("gateway_id", uuid.uuid4().hex),
+            "schema_version": str(len(MIGRATIONS)),
+        }
+        for name, value in values.items():
+            if about.get(name) != value:
+                connection.execute(sa.delete(_about).where(_about.c.name == name))
+                connection.execute(sa.insert(_about).values(name=name, value=value))
         return values["gateway_id"]
+
+
+def _unwritable(error: SQLAlchemyError) -> Busy:
+    log.error("the journal cannot be written (%s)", _cause(error))
+    return Busy(
+        "The order journal cannot be written (is the disk full?); nothing was sent.",
+        retry_after=5,
+    )
 
 
 def _about_of(connection: sa.Connection) -> Mapping[str, str]:

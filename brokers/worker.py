@@ -97,9 +97,12 @@ class Call(Future[Any]):
         costs: tuple[str, ...] = (),
         begin: Callable[[], None] | None = None,
         finish: Callable[[Any, HttpTradingError | None], None] | None = None,
+        ready: bool = True,
     ) -> None:
         """`begin` runs on the lane right before the operation and vetoes it by raising; `finish`
-        runs on the lane with the result or the error, however late, before any waiter wakes."""
+        runs on the lane with the result or the error, however late, before any waiter wakes. A
+        call that is not `ready` keeps its place in the queue but is not run before its `release`.
+        """
         super().__init__()
         self.operation = operation
         self.arguments = arguments
@@ -108,6 +111,7 @@ class Call(Future[Any]):
         self.priority = PRIORITIES.get(operation, 3)
         self.begin = begin
         self.finish = finish
+        self.ready = ready
         self.began: float | None = None  # when the lane took it up, monotonic
 
     @property
@@ -181,6 +185,17 @@ class Worker:
         if lane is not None:
             lane.wake(at_once=call.operation == "ping")
         return call
+
+    def release(self, call: Call) -> bool:
+        """Makes a queued call ready. False: it has left the queue unrun; nothing was sent."""
+        with self._lock:
+            if all(entry[2] is not call for entry in self._queue):
+                return False
+            call.ready = True
+            lane = self._lane
+        if lane is not None:
+            lane.wake()
+        return True
 
     def withdraw(self, call: Call) -> bool:
         """Takes a call out of the queue. True: it never ran and never will; nothing was sent."""
@@ -289,6 +304,8 @@ class Worker:
                     self._queue.remove(entry)
                     self._windows.withdraw(call.costs, cancel=call.is_cancel)
                     expired.append(call)
+                    continue
+                if not call.ready:
                     continue
                 pause = self._windows.begin(call.costs, cancel=call.is_cancel)
                 if pause <= 0:
