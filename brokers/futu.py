@@ -298,7 +298,9 @@ class Futu(BaseBroker):
     def fills(self, order_id: str) -> list[Fill]:  # type: ignore[override]
         if self._given.trade_env == "SIMULATE":
             raise Unsupported("Paper accounts at Futu have no list of fills")  # qa/trade.html Q1
-        account = self._find(order_id)[1]
+        report, account = self._find(order_id)
+        if not report.order.filled_qty:
+            return []
         rows = self._rows(self._context.deal_list_query, account)
         if not any(row["order_id"] == order_id for row in rows):
             self.take(self._window("fills", account))

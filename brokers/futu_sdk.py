@@ -115,6 +115,7 @@ def open_context(
         _auto_reconnect = property(lambda self: False, lambda self, value: None)
         packed = False  # the last request was made and handed to the network
         answer: Any = None  # OpenD's (retType, retMsg) to the last request, or None
+        live = False  # the constructor has succeeded
         closing = False
         _accounts: Any = None
         _placing = False
@@ -161,9 +162,8 @@ def open_context(
                 self._net_mgr.close(conn_id)  # garbled: the SDK would wait for its end for ever
 
         def on_disconnect(self, conn_id: int, reason: Any, msg: str) -> None:
-            was_ready = self._status == "READY"
             super().on_disconnect(conn_id, reason, msg)
-            if was_ready and not self.closing:
+            if self.live and not self.closing:
                 lost("The connection to OpenD ended")
 
     context = Context.__new__(Context)
@@ -175,6 +175,7 @@ def open_context(
         Context.__init__(context, **arguments)
     finally:
         watchdog.cancel()
+    context.live = True
     if context.status != "READY" or context.closing:
         close_context(context)
         raise BrokerUnavailable(
@@ -216,8 +217,13 @@ def close_context(context: Any) -> None:
     """Ends a context in any state, from any thread, without waiting; twice does no harm."""
     context.closing = True
     status = getattr(context, "_status", None)  # None: the constructor has not begun
-    if status is None or status == "CONNECTING":
-        return  # closed now, the SDK would wait for ever for the end of its own connect (20 s)
+    if status is None:
+        return
+    if status == "CONNECTING":  # closed now, the SDK would wait for ever for its own connect
+        later = threading.Timer(0.2, close_context, (context,))
+        later.daemon = True
+        later.start()
+        return
     context.close()
     if context.status != "READY":
         context._close_callback_executor()

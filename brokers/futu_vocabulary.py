@@ -302,11 +302,12 @@ class Account:
 
 
 def parse_accounts(rows: Iterable[Mapping[str, Any]], env: str, acc_id: int) -> list[Account]:
-    """The accounts an order may go to: active ones of this environment, for stocks.
+    """The accounts orders go to: for each region the first active one of this environment that
+    trades stocks there. What lies in others is not shown, since it cannot be sold from here.
 
     SIMULATE lists accounts for options, futures and competitions beside those for stocks.
     """
-    return [
+    fit = [
         Account(int(row["acc_id"]), tuple(row["trdmarket_auth"]))
         for row in rows
         if row["trd_env"] == env
@@ -315,3 +316,5 @@ def parse_accounts(rows: Iterable[Mapping[str, Any]], env: str, acc_id: int) -> 
         and (env == "REAL" or row["sim_acc_type"] in ("STOCK", "STOCK_AND_OPTION", "N/A"))
         and (not acc_id or int(row["acc_id"]) == acc_id)
     ]
+    firsts = {next((one for one in fit if one.serves(region)), None) for region in TRADE_MARKETS}
+    return [account for account in fit if account in firsts]

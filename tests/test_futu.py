@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -377,6 +378,23 @@ def test_a_listing_has_the_orders_of_the_last_evening(
     assert timedelta(hours=23) < age < timedelta(hours=25)
 
 
+def test_fills_are_found_long_after_their_day(
+    connect: Callable[..., Futu], exchange: Exchange
+) -> None:
+    broker = connect()
+    order_id, unfilled = place(broker), place(broker)
+    assert broker.fills(unfilled) == []
+    exchange.fill(order_id, 12, "200")
+    order = exchange.orders[order_id]
+    order.epoch -= 80 * 86400
+    order.fills[0] = replace(order.fills[0], epoch=order.epoch)
+    (fill,) = broker.fills(order_id)
+    assert (fill.qty, fill.price, int(fill.time.timestamp())) == (12, 200, int(order.epoch))
+    assert told(broker).taken == ["history US", "fills US"]
+    with pytest.raises(Unsupported):
+        connect(trade_env="SIMULATE").fills(order_id)
+
+
 @pytest.mark.parametrize("env", ["REAL", "SIMULATE"])
 def test_cancelling(connect: Callable[..., Futu], exchange: Exchange, env: str) -> None:
     broker = connect(trade_env=env)
@@ -610,6 +628,21 @@ def test_a_cut_while_idle_is_told_and_then_nothing_is_sent(
     assert exchange.received("place") == []
 
 
+def test_an_opend_that_goes_deaf_while_idle_is_noticed(
+    connect: Callable[..., Futu],
+    opend: OpenD,
+    exchange: Exchange,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(futu_sdk, "SILENT_SECONDS", 4.0)
+    opend.keep_alive = 1
+    broker = connect()
+    exchange.wait_for(lambda: len(exchange.received("keepalive")) >= 2)
+    assert told(broker).losses == []
+    opend.deaf = True
+    told(broker).wait_for(lambda: told(broker).losses == ["The connection to OpenD ended"])
+
+
 def test_closing_is_no_loss(connect: Callable[..., Futu], opend: OpenD) -> None:
     broker = connect()
     threads = threading.active_count()
@@ -721,6 +754,24 @@ def run_alone(home: Path, code: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=100,
     )
+
+
+def test_twins_of_different_versions_do_not_share_a_process(opend: OpenD, tmp_path: Path) -> None:
+    ran = run_alone(
+        tmp_path,
+        f"""
+        from google.protobuf import descriptor_pb2, descriptor_pool
+        other = descriptor_pb2.FileDescriptorProto(name="Common.proto", package="Other")
+        descriptor_pool.Default().AddSerializedFile(other.SerializeToString())
+        broker = Futu({{"port": {opend.port}, "trade_env": "REAL"}})
+        broker.data_dir = home / "data"
+        try:
+            broker.connect()
+        except Exception as error:
+            print(error)
+        """,
+    )
+    assert ran.stdout.startswith("futu-api and moomoo-api of different versions"), ran.stderr
 
 
 def test_the_sdk_leaves_the_process_alone(opend: OpenD, tmp_path: Path) -> None:

@@ -257,6 +257,7 @@ def test_orders_go_to_accounts_for_stocks_only() -> None:
         account_row(5, ["CN"]),
         account_row(6, ["HK", "US", "HKCC"], trd_env="REAL", sim_acc_type="N/A"),
         account_row(7, ["MY"], trd_env="REAL", acc_role="IPO"),
+        account_row(8, ["HK", "US"], trd_env="REAL", sim_acc_type="N/A"),
     ]
     paper = words.parse_accounts(rows, "SIMULATE", 0)
     assert [account.acc_id for account in paper] == [4, 5]
@@ -265,6 +266,8 @@ def test_orders_go_to_accounts_for_stocks_only() -> None:
     assert [account.acc_id for account in real] == [6]
     assert real[0].serves("CN") and real[0].serves("HK")
     assert words.parse_accounts(rows, "SIMULATE", 5) == paper[1:]
+    assert [account.acc_id for account in words.parse_accounts(rows, "REAL", 8)] == [8]
+    assert words.parse_accounts([account_row(9, ["JP"])], "SIMULATE", 0) == []
 
 
 us_tickers = st.from_regex(r"[A-Z]{1,5}(\.[A-Z]{1,2})?", fullmatch=True)

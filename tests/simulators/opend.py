@@ -24,7 +24,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,7 @@ PROTOCOLS = {
     2205: "Trd_ModifyOrder",
     2211: "Trd_GetOrderFillList",
     2221: "Trd_GetHistoryOrderList",
+    2222: "Trd_GetHistoryOrderFillList",
     3203: "Qot_GetSecuritySnapshot",
 }
 NOTIFY, ORDER_PUSH, FILL_PUSH = 1003, 2208, 2218
@@ -175,6 +176,7 @@ class OpenD:
         self.locked = locked
         self.pin_md5 = pin_md5
         self.enforce_limits = enforce_limits
+        self.keep_alive = 10  # seconds between the client's KeepAlives
         self.deaf = False
         self.logged_in = True
         self.states = {"US": 5, "HK": 3, "SH": 3, "SZ": 3}
@@ -206,6 +208,7 @@ class OpenD:
             2205: self._modify,
             2211: self._fills,
             2221: self._history,
+            2222: self._fills,
             3203: self._snapshot,
         }
 
@@ -426,6 +429,7 @@ class OpenD:
             2202: "place",
             2211: "fills",
             2221: "history",
+            2222: "fill history",
             3203: "quote",
         }[proto]
 
@@ -472,7 +476,7 @@ class OpenD:
             "connID": connection.conn_id,
             "connAESKey": key,
             "aesCBCiv": iv,
-            "keepAliveInterval": 10,
+            "keepAliveInterval": self.keep_alive,
         }
 
     def _global_state(self, _connection: Connection, _request: Any) -> dict[str, Any]:
@@ -620,7 +624,7 @@ class OpenD:
         """Open orders, and what was placed today."""
         account = self._account(request)
         wanted = set(request.filterConditions.orderIDExList)
-        today = datetime.now().replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
+        today = _midnight()
         with self.exchange.lock:
             rows = [
                 self._order_row(order)
@@ -634,11 +638,8 @@ class OpenD:
     def _history(self, _connection: Connection, request: Any) -> dict[str, Any]:
         """What is finished, by the day it was placed on; at most 90 days."""
         account = self._account(request)
-        begin, end = (
-            datetime.fromisoformat(text)
-            for text in (request.filterConditions.beginTime, request.filterConditions.endTime)
-        )
-        if end - begin > timedelta(days=92):
+        begin, end = _period(request)
+        if end - begin > 92 * 86400:
             raise Refused("查询时间范围不能超过90天")
         with self.exchange.lock:
             rows = [
@@ -646,21 +647,25 @@ class OpenD:
                 for order in self.exchange.orders.values()
                 if order.account == str(account.acc_id)
                 and order.status.is_final
-                and begin.timestamp() <= order.epoch <= end.timestamp()
+                and begin <= order.epoch <= end
             ]
         return {"header": _header(request), "orderList": rows}
 
     def _fills(self, _connection: Connection, request: Any) -> dict[str, Any]:
-        """Today's executions; a paper account has no such list (trade/get-order-fill-list.html)."""
+        """Executions of today or the days asked for; paper accounts tell none (qa/trade.html)."""
         account = self._account(request)
         if account.env == SIMULATE:
             raise Refused("模拟交易不支持成交数据")
+        begin, end = _midnight(), float("inf")
+        if request.filterConditions.beginTime:
+            begin, end = _period(request)
         with self.exchange.lock:
             rows = [
                 _fill_row(order, at)
                 for order in self.exchange.orders.values()
                 if order.account == str(account.acc_id)
-                for at in range(len(order.fills))
+                for at, fill in enumerate(order.fills)
+                if begin <= fill.epoch <= end
             ]
         return {"header": _header(request), "orderFillList": rows}
 
@@ -768,6 +773,15 @@ class OpenD:
         for connection in connections:
             if account is None or account in connection.accounts:
                 self._send(connection, proto, next(connection.push_serials), body)
+
+
+def _midnight() -> float:
+    return datetime.now().replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
+
+
+def _period(request: Any) -> tuple[float, float]:
+    begin, end = request.filterConditions.beginTime, request.filterConditions.endTime
+    return datetime.fromisoformat(begin).timestamp(), datetime.fromisoformat(end).timestamp()
 
 
 def _too_often(limit: int) -> str:
