@@ -178,6 +178,7 @@ class Instance:
             self._worker_of |= dict.fromkeys(operations, worker)
         self._cash_takes_currency = "currency" in inspect.signature(broker_class.cash).parameters
         self._placing: dict[str, Placement] = {}
+        self._joined: dict[str, tuple[Any, Order]] = {}  # order id → broker's answer, with journal
         self._placing_lock = threading.Lock()
         self.settlement = Settlement(self, journal)
         self._draining = False
@@ -299,7 +300,7 @@ class Instance:
     def _read(
         self, operation: str, deadline: float, *, fresh: bool = False, **arguments: Any
     ) -> Any:
-        key: Hashable = (operation, *sorted(arguments.items()))
+        key = _read_key(operation, arguments)
         if not fresh:
             known, value = self._reads.answer(operation, key)
             if known:
@@ -641,6 +642,10 @@ class Instance:
         fresh: bool = False,
     ) -> Order:
         """From the broker where it still knows the order, else from the journal."""
+        if order_id is not None and not fresh:
+            remembered = self._remembered_order(order_id)
+            if remembered is not None:
+                return remembered
         row = self._row(order_id, client_order_id)
         if row is not None and row.state == REFUSED:
             return row.order
@@ -660,7 +665,17 @@ class Instance:
             recorded = self._journal.record(self.id, [report], seen)
         except Busy:
             return report.order  # the broker's answer is worth more than its record
-        return recorded[0].order if recorded else report.order
+        order = recorded[0].order if recorded else report.order
+        if len(self._joined) > 1000:
+            self._joined.clear()
+        self._joined[order.order_id] = (found, order)
+        return order
+
+    def _remembered_order(self, order_id: str) -> Order | None:
+        """What the broker's answer in memory, already joined to the journal, came to."""
+        known, found = self._reads.answer("order", _read_key("order", {"order_id": order_id}))
+        answer, order = self._joined.get(order_id, (None, None))
+        return order if known and answer is found else None
 
     def orders(
         self,
@@ -771,6 +786,10 @@ class Instance:
         self._reads.stale()
         if worker is self._worker_of.get("recent_orders"):
             self.settlement.connected()
+
+
+def _read_key(operation: str, arguments: Mapping[str, Any]) -> Hashable:
+    return (operation, *sorted(arguments.items()))
 
 
 def new_client_order_id() -> str:
