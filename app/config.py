@@ -29,7 +29,16 @@ from httptrading.brokers.base import READS, BaseBroker, Window
 from httptrading.brokers.registry import broker_class
 from httptrading.brokers.settings import EACH_CURRENCY, InstanceSettings
 
-DOCUMENTED = frozenset({"WyLqtMhDvAnBb6a3", "ggUqPZbSKuQ7Ewsk", "Vt5UCW2sLBvgPXjR"})
+DOCUMENTED = frozenset(
+    {
+        "WyLqtMhDvAnBb6a3",
+        "ggUqPZbSKuQ7Ewsk",
+        "Vt5UCW2sLBvgPXjR",
+        "MyPaperAccount01",
+        "MyFutuAccount001",
+        "myPaperToken000001",
+    }
+)
 """Instance ids and tokens that stand in public documents: they work, with a warning at each start.
 """
 

@@ -22,7 +22,7 @@ from werkzeug.test import TestResponse
 import httptrading
 from httptrading import Paper, create_app
 from httptrading.app.answers import HTTP_STATUS
-from httptrading.app.config import load_settings
+from httptrading.app.config import DOCUMENTED, load_settings
 from httptrading.brokers.instance import offers
 from httptrading.brokers.reads import AGES
 
@@ -234,3 +234,20 @@ def test_links_lead_somewhere(document: str) -> None:
         if not target.startswith("http"):
             path = (ROOT / document).parent / target.partition("#")[0]
             assert path.exists(), target
+
+
+def test_ids_and_tokens_of_every_document_are_warned_about() -> None:
+    documents = [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("examples/*"),
+        *ROOT.glob("deploy/*.toml"),
+    ]
+    printed: set[str] = set()
+    for path in documents:
+        found = re.findall(
+            r"""(?:\bid|tokens|instance_id)['"]?\s*[=:]\s*\[?\s*['"]([^'"]+)['"]""",
+            path.read_text("utf-8"),
+        )
+        printed |= {each for each in found if "$" not in each and "sha256:" not in each}
+    assert printed and printed <= DOCUMENTED
