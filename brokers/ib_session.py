@@ -102,7 +102,7 @@ class TwsSession:
             async with asyncio.timeout(self._timeout):
                 await self._shake_hands()
                 await self._synchronise()
-        except TimeoutError:
+        except (TimeoutError, TimedOut):
             raise BrokerUnavailable(
                 f"TWS at {self._host}:{self._port} does not answer: is it logged in, is the API "
                 "enabled (Configure > API > Settings), is no dialog waiting for an answer?"

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Mapping
-from contextlib import suppress
+from collections.abc import Awaitable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -207,7 +207,8 @@ class InteractiveBrokers(BaseBroker):
         **kwargs: Any,
     ) -> str:
         """Returns the permId, which TWS says with its first message about the order."""
-        found = await self._find(contract)
+        with _nothing_sent():
+            found = await self._find(contract)
         tws = self._open()
         order = tws.sdk.Order(
             orderId=tws.client().getReqId(),
@@ -261,7 +262,8 @@ class InteractiveBrokers(BaseBroker):
         return str(booked.perm_id)
 
     async def cancel_order(self, order_id: str) -> None:
-        booked = await self._known(order_id)
+        with _nothing_sent():
+            booked = await self._known(order_id)
         tws = self._open()
         if booked.is_final:
             raise Rejected(f"Order {order_id} is finished: {_end(booked)}")
@@ -454,6 +456,15 @@ class InteractiveBrokers(BaseBroker):
                 name = f"{found.symbol}@{exchange}"
                 return hours(name, region, each.timeZoneId, each.tradingHours, each.liquidHours)
         return None
+
+
+@contextmanager
+def _nothing_sent() -> Iterator[None]:
+    """What comes before sending may take too long: that is no unknown outcome."""
+    try:
+        yield
+    except (asyncio.CancelledError, TimedOut):
+        raise BrokerUnavailable("TWS did not answer in time; nothing was sent") from None
 
 
 def _the_only(contract: Contract, details: list[Any]) -> Any:

@@ -270,6 +270,15 @@ def test_several_accounts_are_always_named(exchange: Exchange, tmp_path: Path) -
             assert trader.positions()["positions"] == []
 
 
+def test_a_question_before_sending_is_no_unknown_outcome(
+    subject: Subject, trader: Trader, exchange: Exchange
+) -> None:
+    exchange.fault("contract", FaultKind.HANG)
+    with subject.nothing_sent():
+        assert trader.place(limit(), key="early", timeout=1).code == "BROKER_UNAVAILABLE"
+    assert until(lambda: trader.place(limit(), key="early"))["clientOrderId"] == "early"
+
+
 # --- whose order --------------------------------------------------------------------------------
 def test_orders_of_others_are_found_and_not_cancelled(trader: Trader, tws: Tws) -> None:
     others = tws.place_elsewhere("AAPL", 10, "99.5", client_id=9, order_id=4)
