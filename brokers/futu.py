@@ -64,6 +64,7 @@ PIN_REFUSAL = "refused-pin"
 REFUSED = -1  # Common.proto RetType_Failed; -100, -200, -400 and -500 leave the outcome open
 OFTEN = re.compile(r"频率太高|頻率太高|too (high|often|frequent)|frequen", re.IGNORECASE)
 LOCKED = re.compile(r"解锁|解鎖|unlock", re.IGNORECASE)
+DOUBTFUL = re.compile(r"超时|超時|逾时|time.?out|timed out|网络|網絡|network", re.IGNORECASE)
 WRONG_PIN = re.compile(r"密码|密碼|password|pwd", re.IGNORECASE)
 
 
@@ -468,11 +469,16 @@ class Futu(BaseBroker):
         if ret == 0:
             return data
         if context.answer is not None and context.answer[0] == REFUSED:
-            raise self._refusal(str(context.answer[1]), check_login)
+            words = str(context.answer[1])
+            if changes and DOUBTFUL.search(words):
+                raise OutcomeUnknown(f"OpenD could not say what became of it: {words}")
+            raise self._refusal(words, check_login)
         if str(data) in futu_sdk.NOT_SENT:
             raise BrokerUnavailable("The connection to OpenD is broken")
         if not context.packed:
-            raise Unsupported(f"The {self.package} SDK does not take this request: {data}")
+            raise Unsupported(
+                f"The {self.package} SDK does not take this request; nothing was sent"
+            )
         self.lost("OpenD does not answer as it should")
         if changes:
             raise OutcomeUnknown("Sent to OpenD, but no clear answer came back")
