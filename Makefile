@@ -42,7 +42,7 @@ soak: $(ALL) ## all brokers under mixed load and random faults for MINUTES=5
 	$(BIN)/python -m pytest -q -s tests/test_soak.py --minutes $(MINUTES)
 
 bench: $(ALL) ## measure; writes bench/RESULTS.md
-	$(BIN)/python -m bench
+	PYTHONPATH=tests $(BIN)/python -m bench
 
 clean: ## remove what make made, except the data directory
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
