@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 
 from marshmallow import Schema, fields
@@ -147,15 +148,15 @@ class ArgsNode(Schema):
     direction = fields.String()
 
 
-_NODES: dict[str, Schema] = {}
+@cache
+def _dumper(schema: type[Schema]) -> Schema:
+    """One instance for all answers: making one costs more than dumping with it."""
+    return schema()
 
 
 def dump(schema: type[Schema], value: Any) -> dict[str, Any]:
     """One node."""
-    instance = _NODES.get(schema.__name__)
-    if instance is None:
-        instance = _NODES[schema.__name__] = schema()
-    found: dict[str, Any] = instance.dump(value)
+    found: dict[str, Any] = _dumper(schema).dump(value)
     return found
 
 
