@@ -8,10 +8,11 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
 import pytest
 
 from acceptance.cases import BrokerAcceptance
-from acceptance.kit import Subject
+from acceptance.kit import Subject, wait_for
 from httptrading.brokers.base import BaseBroker
 from httptrading.brokers.paper import INITIAL_CASH, Paper
 from httptrading.brokers.paper_exchange import (
@@ -188,6 +189,27 @@ class BorrowingSubject(PaperSubject):
 
     def refused_quote(self) -> tuple[str, str] | None:
         return Subject.refused_quote(self)
+
+
+def test_in_a_child_process(tmp_path: Path) -> None:
+    """The same account behind a child process that is killed between two orders."""
+    with Subject(Paper(), tmp_path, isolation="process") as subject:
+        subject.ready()
+        trader = subject.trader()
+        order = subject.market_order()
+        assert order is not None
+        first = trader.placed(order)
+        assert trader.wait_order(first, isFilled=True)["filledQty"] == 12
+        child = next(
+            one
+            for one in psutil.Process().children(recursive=True)
+            if "httptrading" in " ".join(one.cmdline())
+        )
+        child.kill()
+        key = subject.key()
+        wait_for(lambda: trader.place(order, key=key).ok, "the account to be served again")
+        trader.wait_order(key=key, isFilled=True)
+        assert [held["qty"] for held in trader.positions()["positions"]] == [24]
 
 
 class TestPaper(BrokerAcceptance):

@@ -430,6 +430,13 @@ def test_a_file_that_cannot_be_written_refuses_orders_and_still_reads(desk: Desk
     assert all(known.mark in ("", "x" * 1000) for known in desk.exchange.orders(0))
 
 
+def test_a_file_of_another_version_is_left_alone(desk: Desk) -> None:
+    with desk.exchange._transaction() as db:
+        db.exec_driver_sql("UPDATE paper_note SET value = 2 WHERE name = 'version'")
+    with pytest.raises(BrokerUnavailable, match="is of version 2, this program wants 1"):
+        desk.reopen()
+
+
 def test_another_writer_is_seen(desk: Desk) -> None:
     """A second object on the same file: its fills come up in the first one's changes."""
     order = desk.place(price="50")

@@ -285,6 +285,7 @@ class Subject:
         self.server = server
         self.app: Flask | None = None
         self._numbers = itertools.count(1)
+        self._has_traded = False
 
     def __enter__(self) -> Self:
         from httptrading import create_app
@@ -308,9 +309,13 @@ class Subject:
         return Trader(self.app, self.broker.instance_id, self.broker.tokens[0])
 
     def ready(self) -> None:
-        """Waits until the broker serves a read (and so has connected)."""
+        """Waits until the broker serves a read, and once, at first, that it takes an order: what
+        it does before a first order (unlocking, say) must not meet a case's fault."""
         trader = self.trader()
         wait_for(lambda: trader.cash().ok, "the broker to serve cash/state")
+        if not self._has_traded:
+            trader.cancel(trader.placed(self.limit()))
+            self._has_traded = True
 
     def calm(self) -> None:
         """Takes back what a case left behind."""
