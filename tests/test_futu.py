@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from acceptance.kit import wait_for
 from httptrading.brokers import futu_sdk
 from httptrading.brokers.futu import Futu, Moomoo
 from httptrading.errors import (
@@ -649,12 +650,8 @@ def test_closing_is_no_loss(connect: Callable[..., Futu], opend: OpenD) -> None:
     broker = connect()
     threads = threading.active_count()
     broker.close()
-    opend.exchange.wait_for(lambda: True)
-    deadline = time.monotonic() + 20
-    while opend.connected and time.monotonic() < deadline:
-        threading.Event().wait(0.01)
-    assert opend.connected == 0
-    assert threading.active_count() <= threads
+    wait_for(lambda: opend.connected == 0, "OpenD to see the end")
+    wait_for(lambda: threading.active_count() < threads, "the SDK's thread to end")
     assert told(broker).losses == []
 
 
