@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import InvalidRequestError, SQLAlchemyError
 
 _Result = TypeVar("_Result")
 _Item = tuple[Callable[[sa.Connection], Any], "Future[Any]"]
@@ -21,7 +21,8 @@ MOST_TOGETHER = 100
 
 
 class GroupCommit:
-    """Runs functions on a connection, each all or nothing, in the order they were given.
+    """Runs functions on a connection, each all or nothing, in the order they were given; one may
+    run again when another that was to be committed with it has failed.
 
     `failed` words a database error for the caller.
     """
@@ -41,7 +42,7 @@ class GroupCommit:
         future: Future[_Result] = Future()
         with self._lock:
             if self._closed:
-                future.set_exception(RuntimeError("the database is closed"))
+                future.set_exception(self._failed(InvalidRequestError("it is closed")))
                 return future
             if self._thread is None:
                 self._thread = threading.Thread(
@@ -77,23 +78,26 @@ class GroupCommit:
                 return
 
     def _commit(self, batch: list[_Item]) -> None:
-        answers: list[tuple[Future[Any], Any, BaseException | None]] = []
+        """All in one transaction; if one of them fails, each in its own.
+
+        No savepoints: a full disk makes SQLite roll the whole transaction back by itself, so what
+        ran before in it would be lost without a word.
+        """
+        results: list[Any] = []
+        began = False
         try:
             with self._engine.begin() as connection:
-                for body, future in batch:
-                    try:
-                        with connection.begin_nested():
-                            answers.append((future, body(connection), None))
-                    except Exception as error:
-                        answers.append((future, None, self._worded(error)))
+                began = True
+                for body, _ in batch:
+                    results.append(body(connection))
         except Exception as error:
-            worded = self._worded(error)
-            answers = [(future, None, worded) for _, future in batch]
-        for future, result, failure in answers:
-            if failure is not None:
-                future.set_exception(failure)
-            else:
+            if began and len(results) < len(batch) and len(batch) > 1:
+                for item in batch:
+                    self._commit([item])
+                return
+            worded = self._failed(error) if isinstance(error, SQLAlchemyError) else error
+            for _, future in batch:
+                future.set_exception(worded)
+        else:
+            for (_, future), result in zip(batch, results, strict=True):
                 future.set_result(result)
-
-    def _worded(self, error: Exception) -> BaseException:
-        return self._failed(error) if isinstance(error, SQLAlchemyError) else error

@@ -458,11 +458,9 @@ class Instance:
         call.add_done_callback(lambda call: self._placement_ended(key, placement))
         self.settlement.call_began(mark)
         try:
-            placement.row_id, placement.created = self._journal.begin(
-                self.id, key, attempt, request
-            )
+            recorded = self._journal.begin(self.id, key, attempt, request)
+            placement.row_id, placement.created = self._recorded(recorded, mark, deadline)
         except BaseException:
-            self.settlement.call_ended(mark, settled=False)
             worker.withdraw(call)
             raise
         if not worker.release(call):
@@ -470,6 +468,22 @@ class Instance:
             assert isinstance(error, HttpTradingError)
             self._write(placement, Outcome(NOT_PLACED, reason=error.text), lambda: None)
             raise _own(error)
+
+    def _recorded(
+        self, row: Future[tuple[int, datetime]], mark: str, deadline: float
+    ) -> tuple[int, datetime]:
+        """The row of an order that is about to be sent, when it is durable."""
+        try:
+            return row.result(max(0.0, deadline - time.monotonic()))
+        except BaseException as error:
+            # It may still get there; settlement then finds that there is no such order.
+            row.add_done_callback(lambda _: self.settlement.call_ended(mark, settled=False))
+            if isinstance(error, FutureTimeout):
+                raise Busy(
+                    "The order journal is too slow (is the disk overloaded?); nothing was sent.",
+                    retry_after=2,
+                ) from None
+            raise
 
     def _finish_place(
         self, key: str, placement: Placement, order_id: Any, error: HttpTradingError | None

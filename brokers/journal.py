@@ -242,8 +242,9 @@ class Journal:
 
     def begin(
         self, instance_id: str, client_order_id: str, attempt: int, request: OrderRequest
-    ) -> tuple[int, datetime]:
-        """Records durably that this order is about to be sent; the row's id and its time."""
+    ) -> Future[tuple[int, datetime]]:
+        """Records that this order is about to be sent; the future gives the row's id and its time
+        when that is durable."""
         now = time.time()
         values = {
             "instance_id": instance_id,
@@ -273,9 +274,13 @@ class Journal:
             "updated": now,
         }
         insert = sa.insert(_orders).values(values)
-        inserted = self._write(lambda connection: connection.execute(insert).inserted_primary_key)
-        assert inserted is not None
-        return int(inserted[0]), datetime.fromtimestamp(now, UTC)
+
+        def body(connection: sa.Connection) -> tuple[int, datetime]:
+            inserted = connection.execute(insert).inserted_primary_key
+            assert inserted is not None
+            return int(inserted[0]), datetime.fromtimestamp(now, UTC)
+
+        return self._post(body)
 
     def settle(self, row_id: int, outcome: Outcome) -> Future[None]:
         """Writes what became of a sent order; the future is done when that is durable."""
@@ -557,7 +562,12 @@ class Journal:
         return self._post(body).result()
 
     def _post(self, body: Callable[[sa.Connection], _Result]) -> Future[_Result]:
-        self._open()
+        try:
+            self._open()
+        except Busy as error:
+            failed: Future[_Result] = Future()
+            failed.set_exception(error)
+            return failed
         return self._commits.post(body)
 
     @contextmanager

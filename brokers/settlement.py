@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from httptrading.brokers.journal import PLACED, UNSETTLED, Journal, JournalOrder
@@ -26,7 +27,11 @@ LISTING_SECONDS = 20.0
 """How long one listing may take."""
 
 LISTINGS = 2
-"""In how many listings an order must be missing before it counts as not placed."""
+"""In how many listings an order must be missing before it counts as not placed, the first of them
+one `listing_delay` after its call was over, the last not before:"""
+
+PATIENCE = 3.0
+"""listing delays after its call was over."""
 
 FIRST_LOOK = 0.3
 """Seconds from an unknown outcome to the first listing: most accepted orders show at once."""
@@ -48,7 +53,7 @@ class Settlement:
         self._instance = instance
         self._journal = journal
         self._changed = threading.Condition()
-        self._calls: set[str] = set()  # orders whose SDK call has not ended
+        self._calls: Counter[str] = Counter()  # orders whose SDK call has not ended
         self._late: set[str] = set()  # those of them that nobody waits for any more
         self._over: dict[str, float] = {}  # unsettled order → when its call was over, monotonic
         self._misses: dict[str, int] = {}
@@ -82,7 +87,9 @@ class Settlement:
     def call_began(self, mark: str) -> None:
         """Before the order is in the journal: it is not looked for while it is being sent."""
         with self._changed:
-            self._calls.add(mark)
+            self._calls[mark] += 1
+            self._over.pop(mark, None)
+            self._misses.pop(mark, None)
 
     def call_late(self, mark: str) -> None:
         """Nobody waits for the call any more, but it has not ended: the order may be found, yet it
@@ -95,7 +102,7 @@ class Settlement:
     def call_ended(self, mark: str, *, settled: bool) -> None:
         """What became of it is in the journal. `settled`: and it is no longer in doubt."""
         with self._changed:
-            self._calls.discard(mark)
+            self._calls -= Counter((mark,))  # drops what has come to nothing
             self._late.discard(mark)
             if not settled:
                 self._over[mark] = time.monotonic()
@@ -208,7 +215,15 @@ class Settlement:
             self._look_up_missing(reports)
         with self._changed:
             self._changed.notify_all()
-            return self._pause() if left or self._late else None
+            return self._next_pause(left) if left or self._late else None
+
+    def _next_pause(self, left: list[JournalOrder]) -> float:
+        """Until the next listing: when it can settle something, else with growing pauses."""
+        now, delay = time.monotonic(), float(self._instance.broker.listing_delay)
+        overs = [self._over.get(row.mark or "", now) for row in left]
+        telling = [over + delay * times - now for over in overs for times in (1.0, PATIENCE)]
+        soon = min((pause for pause in telling if pause > 0), default=self._pause())
+        return max(delay, LEAST_PAUSE, min(soon, self._pause()))
 
     def _judge(
         self, rows: list[JournalOrder], reports: list[OrderReport], began: float
@@ -227,7 +242,8 @@ class Settlement:
                 over = self._over.setdefault(mark, self._born)
             if began >= over + delay:
                 self._misses[mark] = self._misses.get(mark, 0) + 1
-            if self._misses.get(mark, 0) < LISTINGS or self._may_be_there(row, reports):
+            proven = self._misses.get(mark, 0) >= LISTINGS and began >= over + delay * PATIENCE
+            if not proven or self._may_be_there(row, reports):
                 left.append(row)
                 continue
             self._journal.not_placed(row.row_id, "The broker's lists do not have it.")
@@ -272,7 +288,8 @@ class Settlement:
             try:
                 self._instance.order(row.order_id, None, time.monotonic() + LISTING_SECONDS)
             except HttpTradingError as error:
-                log.info("order %s: not refreshed (%s)", row.order_id, error.code)
+                log.info("orders from %s on: not refreshed (%s)", row.order_id, error.code)
+                return
 
 
 def _like(row: JournalOrder, report: OrderReport) -> bool:
