@@ -37,6 +37,10 @@ ROUTES = {
     "order": "order/state?orderId={order_id}",
 }
 
+SPACING = {"InteractiveBrokers": 1 / 50}
+"""Seconds between two orders where the broker's limit is a pace that the SDK keeps itself: TWS takes
+50 messages a second (interactivebrokers.github.io/tws-api/order_limitations.html)."""
+
 Row = tuple[str, str, str, str]  # what, the figure, compared with, and the ratio or the bound
 
 
@@ -173,7 +177,8 @@ def bursts(fleet: list[Mapping[str, Any]]) -> Iterator[Row]:
     for instance in fleet:
         declared = broker_class(instance["broker"])
         costs = declared.costs.get("place_order", ())  # type: ignore[attr-defined]
-        gap = max((declared.windows[name].gap for name in costs), default=0.0)  # type: ignore[attr-defined]
+        gaps = [declared.windows[name].gap for name in costs]  # type: ignore[attr-defined]
+        gap = max([*gaps, SPACING.get(instance["broker"], 0.0)])
         direct = directly(instance, "burst", orders=10, gap=gap)
         with service([instance]) as running:
             wait_connected(running, instance)

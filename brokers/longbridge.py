@@ -122,6 +122,14 @@ class LongBridge(BaseBroker):
         **dict.fromkeys(("place_order", "cancel_order"), ("trade",)),
         **dict.fromkeys(("quote", "market_status"), ("quote",)),
     }
+    # All of the trade calls share one window: cash, positions and one order polled at this pace take
+    # 22 of its 30 slots. Pushes and the gateway's own changes make the memory stale before that.
+    ages: ClassVar[Mapping[str, float]] = {
+        "cash": 4.0,
+        "positions": 4.0,
+        "order": 4.0,
+        "recent_orders": 6.0,
+    }
     combinations = (
         combine(["US"], [OrderType.Limit], TimeInForce, Lifecycle)
         | combine(["US", "HK"], [OrderType.Market], [TimeInForce.DAY], [Lifecycle.RTH])
