@@ -38,8 +38,8 @@ ROUTES = {
 }
 
 SPACING = {"InteractiveBrokers": 1 / 50}
-"""Seconds between two orders where the broker's limit is a pace that the SDK keeps itself: TWS takes
-50 messages a second (interactivebrokers.github.io/tws-api/order_limitations.html)."""
+"""Seconds between two orders where the broker's limit is a pace that the SDK keeps itself: TWS
+takes 50 messages a second (interactivebrokers.github.io/tws-api/order_limitations.html)."""
 
 Row = tuple[str, str, str, str]  # what, the figure, compared with, and the ratio or the bound
 

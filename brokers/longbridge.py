@@ -122,8 +122,8 @@ class LongBridge(BaseBroker):
         **dict.fromkeys(("place_order", "cancel_order"), ("trade",)),
         **dict.fromkeys(("quote", "market_status"), ("quote",)),
     }
-    # All of the trade calls share one window: cash, positions and one order polled at this pace take
-    # 22 of its 30 slots. Pushes and the gateway's own changes make the memory stale before that.
+    # All trade calls share one window: cash, positions and one order polled at this pace take 22
+    # of its 30 slots. Pushes and the gateway's own changes make the memory stale before that.
     ages: ClassVar[Mapping[str, float]] = {
         "cash": 4.0,
         "positions": 4.0,
