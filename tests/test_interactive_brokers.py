@@ -80,7 +80,7 @@ def tws(exchange: Exchange) -> Iterator[Tws]:
 @pytest.fixture
 def subject(tws: Tws, tmp_path: Path) -> Iterator[Subject]:
     with desk(tws, tmp_path) as subject:
-        subject.ready()
+        until(subject.trader().cash)
         yield subject
 
 
@@ -248,7 +248,7 @@ def test_a_later_rejection_is_kept_over_restarts(
     tws.exchange.reject(order_id, "201 no margin")
     trader.wait_order(order_id, isCompleted=True)
     tws.restart()
-    subject.ready()
+    until(subject.trader().cash)
     node = trader.order(order_id)
     assert "no margin" in node["errorReason"] and node["isCanceled"] is False
 
@@ -514,7 +514,7 @@ def test_the_link_to_ibs_servers(
 
 def test_a_deaf_tws(tws: Tws, tmp_path: Path) -> None:
     with desk(tws, tmp_path, timeout=1) as subject:
-        subject.ready()
+        until(subject.trader().cash)
         trader = subject.trader()
         tws.deaf = True
         ping = trader.ping(timeout=8)
@@ -530,7 +530,7 @@ def test_silence_is_noticed_without_being_asked(
 ) -> None:
     monkeypatch.setattr(ib_session, "HEARTBEAT", 0.1)
     with desk(tws, tmp_path) as subject:
-        subject.ready()
+        until(subject.trader().cash)
         tws.deaf = True
         wait_for(lambda: tws.connections > 1, "another attempt to connect")
 
@@ -593,7 +593,7 @@ def test_a_cut_at_any_moment_of_placing(
 ) -> None:
     """The client repeats with its key until it has an answer: one order, whenever the cut came."""
     with desk(tws, tmp_path, timeout=1) as subject:
-        subject.ready()
+        until(subject.trader().cash)
         trader = subject.trader()
         for operation, kind in faults:
             exchange.fault(operation, kind)
