@@ -30,7 +30,7 @@ check: $(ALL) ## ruff and mypy --strict
 	@rm -rf build/typed && mkdir -p build/typed/httptrading
 	@for part in httptrading/*.py httptrading/py.typed app brokers schemas; do \
 		ln -s "$(CURDIR)/$$part" "build/typed/httptrading/$$(basename $$part)"; done
-	cd build/typed && $(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
+	cd build/typed && $(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy-cache
 
 deploy-test: $(ALL) ## the service behind a real nginx with the shipped sample
 	$(BIN)/python -m pytest -q tests/deploy
