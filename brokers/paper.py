@@ -29,15 +29,15 @@ from httptrading.brokers.paper_exchange import (
 from httptrading.brokers.paper_market import (
     REGIONS,
     AlwaysOpen,
-    BorrowedPrices,
     ExchangeHours,
     Hours,
     MadeUpPrices,
     day_prices,
     made_up_price,
 )
+from httptrading.brokers.paper_quotes import BorrowedPrices
 from httptrading.brokers.registry import broker_register
-from httptrading.errors import BrokerUnavailable, HttpTradingError
+from httptrading.errors import BrokerUnavailable, Busy
 from httptrading.model import (
     CURRENCIES,
     Cash,
@@ -63,7 +63,7 @@ ARGUMENTS = {"cash", "quotes_from", "hours", "fees"}
 
 PULSE = 1.0  # seconds between two looks at resting orders
 PULSE_BORROWED = 5.0  # the same with another instance's quotes, which have rate limits
-BORROWED_AGE = 1.0  # seconds for which such a price, or its absence, is good
+BORROWED_WAIT = 0.8  # seconds that an order waits for such a price; deadlines begin at 1 s
 REMEMBERED = 7 * 86400.0  # how far back `recent_orders` goes, in seconds
 
 _ALWAYS = {Lifecycle.RTH, Lifecycle.ETH, Lifecycle.OVERNIGHT}
@@ -111,6 +111,7 @@ class Paper(BaseBroker):
             raise ValueError("Paper: quotes_from must name another instance")
         self._hours = HOURS[self.broker_args.get("hours", "always")]
         self._exchange: PaperExchange | None = None
+        self._borrowed: BorrowedPrices | None = None
         self._pulse: asyncio.Task[None] | None = None
 
     def account_key(self) -> str:
@@ -118,17 +119,18 @@ class Paper(BaseBroker):
 
     # --- the connection ---------------------------------------------------------------------
     async def connect(self) -> None:
-        self._borrowed: dict[tuple[str, str], tuple[float, Decimal | None]] = {}
         try:
             self.data_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BrokerUnavailable(
                 f"The paper account's directory {self.data_dir} cannot be made: {error.strerror}"
             ) from error
+        if self._source:
+            self._borrowed = BorrowedPrices(lambda contract: self.quote_of(self._source, contract))
         self._exchange = PaperExchange(
             self.data_dir / "paper.sqlite",
             self._initial_cash,
-            BorrowedPrices(self._borrowed_price) if self._source else MadeUpPrices(),
+            self._borrowed or MadeUpPrices(),
             self._hours,
             FEES if self.broker_args.get("fees", True) else NO_FEES,
             time.time,
@@ -139,6 +141,9 @@ class Paper(BaseBroker):
         if self._pulse is not None:
             self._pulse.cancel()
             self._pulse = None
+        if self._borrowed is not None:
+            self._borrowed.close()
+            self._borrowed = None
         if self._exchange is not None:
             self._exchange.close()
             self._exchange = None
@@ -148,6 +153,9 @@ class Paper(BaseBroker):
         while True:
             await asyncio.sleep(PULSE_BORROWED if self._source else PULSE)
             try:
+                if self._borrowed is not None:
+                    for region, ticker in self._open.awaited():
+                        self._borrowed.refresh(region, ticker)
                 self._open.advance()
                 self._tell()
             except Exception:  # reads go on; what changes something says what is wrong
@@ -179,6 +187,7 @@ class Paper(BaseBroker):
         price: float | None = None,
         **kwargs: Any,
     ) -> str:
+        await self._fresh_price(contract)
         order = self._open.place(
             contract.region,
             contract.ticker,
@@ -226,8 +235,8 @@ class Paper(BaseBroker):
         return self._exchange is not None
 
     async def quote(self, contract: Contract) -> Quote:
-        if self._source:
-            return self.quote_of(self._source, contract)
+        if self._borrowed is not None:
+            return await self._borrowed_quote(self._borrowed, contract)
         now = time.time()
         region, ticker = contract.region, contract.ticker
         latest, day = made_up_price(region, ticker, now), day_prices(region, ticker, now)
@@ -251,20 +260,27 @@ class Paper(BaseBroker):
             }
         }
 
-    def _borrowed_price(self, region: str, ticker: str) -> Decimal | None:
-        """The other instance's latest price, or None when it has none that may be traded on;
-        asked for once in a while, for the other broker counts its requests."""
-        now = time.monotonic()
-        asked, price = self._borrowed.get((region, ticker), (float("-inf"), None))
-        if now - asked > BORROWED_AGE:
-            try:
-                quote = self.quote_of(self._source, Contract(TradeType.Securities, ticker, region))
-                latest = Decimal(str(quote.latest))
-                price = latest if quote.is_tradable and latest > 0 else None
-            except HttpTradingError:
-                price = None
-            self._borrowed[region, ticker] = now, price
-        return price
+    async def _borrowed_quote(self, borrowed: BorrowedPrices, contract: Contract) -> Quote:
+        try:
+            return await asyncio.wrap_future(borrowed.ask(contract))
+        except BrokerUnavailable as error:
+            # As it is, it would say that the paper account itself has lost its connection.
+            raise Busy(
+                f"Quotes come from another instance, which has none now: {error.text}",
+                retry_after=error.retry_after or 1,
+            ) from None
+
+    async def _fresh_price(self, contract: Contract) -> None:
+        """Waits a moment for the other instance's price; without one the exchange refuses a market
+        order and lets a limit order rest."""
+        if self._borrowed is None:
+            return
+        asked = self._borrowed.refresh(contract.region, contract.ticker)
+        if asked is not None:
+            waiting = asyncio.wrap_future(asked)
+            await asyncio.wait([waiting], timeout=BORROWED_WAIT)
+            if not waiting.cancel() and not waiting.cancelled():
+                waiting.exception()  # noted: the exchange sees that there is no price
 
 
 def _initial_cash(given: Any) -> dict[str, Decimal]:

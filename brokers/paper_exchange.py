@@ -398,6 +398,12 @@ class PaperExchange:
         with self._account() as account:
             return account.holdings()
 
+    def awaited(self) -> list[tuple[str, str]]:
+        """Region and ticker of everything that a working order waits for."""
+        query = sa.select(ORDERS.c.region, ORDERS.c.ticker).where(_WORKING).distinct()
+        with self._transaction() as db:
+            return [(row.region, row.ticker) for row in db.execute(query)]
+
     def changes(self) -> Changes:
         """What happened since the last call, whoever did it."""
         with self._transaction() as db:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
@@ -172,19 +172,6 @@ class MadeUpPrices:
     def moments(self, since: float, now: float, most: int) -> list[float]:
         steps = max(1, min(most, int((now - since) / SLICE)))
         return [now - (now - since) * left / steps for left in range(steps - 1, -1, -1)]
-
-
-class BorrowedPrices:
-    """Prices of `ask(region, ticker)`, which knows only the present."""
-
-    def __init__(self, ask: Callable[[str, str], Decimal | None]) -> None:
-        self.ask = ask
-
-    def latest(self, region: str, ticker: str, epoch: float) -> Decimal | None:
-        return self.ask(region, ticker)
-
-    def moments(self, since: float, now: float, most: int) -> list[float]:
-        return [now]
 
 
 # --- hours ------------------------------------------------------------------------------------

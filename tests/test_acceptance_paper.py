@@ -13,6 +13,7 @@ import pytest
 
 from acceptance.cases import BrokerAcceptance
 from acceptance.kit import Subject, wait_for
+from httptrading.brokers import paper_quotes
 from httptrading.brokers.base import BaseBroker
 from httptrading.brokers.paper import INITIAL_CASH, Paper
 from httptrading.brokers.paper_exchange import (
@@ -23,7 +24,7 @@ from httptrading.brokers.paper_exchange import (
     PaperOrder,
     Status,
 )
-from httptrading.brokers.paper_market import AlwaysOpen, BorrowedPrices
+from httptrading.brokers.paper_market import AlwaysOpen
 from httptrading.brokers.registry import broker_register
 from httptrading.brokers.settings import InstanceSettings
 from httptrading.errors import Rejected
@@ -53,6 +54,16 @@ class WatchedPaper(Paper):
         await super().cancel_order(order_id)
 
 
+class NoPrices:
+    """Nothing trades by itself on the script's side."""
+
+    def latest(self, region: str, ticker: str, epoch: float) -> Decimal | None:
+        return None
+
+    def moments(self, since: float, now: float, most: int) -> list[float]:
+        return [now]
+
+
 class PaperSubject(Subject):
     """The script is a second exchange object on the account's file."""
 
@@ -66,7 +77,7 @@ class PaperSubject(Subject):
         self.script = PaperExchange(
             path,
             {currency: Decimal(amount) for currency, amount in INITIAL_CASH.items()},
-            BorrowedPrices(lambda region, ticker: None),
+            NoPrices(),
             AlwaysOpen(),
             NO_FEES,
             lambda: 0.0,
@@ -222,5 +233,7 @@ class TestPaper(BrokerAcceptance):
 class TestPaperOnOthersQuotes(BrokerAcceptance):
     @pytest.fixture(scope="class")
     def subject(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
-        with BorrowingSubject(tmp_path_factory.mktemp("paper")) as subject:
-            yield subject
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(paper_quotes, "FRESH", 0.0)  # each case sets prices of its own
+            with BorrowingSubject(tmp_path_factory.mktemp("paper")) as subject:
+                yield subject

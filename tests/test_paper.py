@@ -7,6 +7,7 @@ import itertools
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Coroutine, Iterator
 from datetime import UTC, date, datetime
@@ -41,7 +42,7 @@ from httptrading.brokers.paper_market import (
     price_step,
     session,
 )
-from httptrading.errors import BrokerUnavailable, OrderNotFound, Rejected, Unsupported
+from httptrading.errors import BrokerUnavailable, Busy, OrderNotFound, Rejected, Unsupported
 from httptrading.model import (
     Contract,
     Fill,
@@ -705,21 +706,51 @@ def test_a_resting_order_is_filled_and_told_of_while_nobody_asks(tmp_path: Path)
 def test_prices_of_another_instance(tmp_path: Path) -> None:
     async def test() -> None:
         paper, told = await connected(tmp_path, quotes_from="TheOtherInstance1", fees=False)
+        borrowed = paper._borrowed
+        assert borrowed is not None
         with pytest.raises(Rejected, match="There is no price"):
             await paper.place_order(*MARKET, "BUY", 10)
-        with pytest.raises(BrokerUnavailable, match="down"):
+        with pytest.raises(Busy, match="another instance, which has none now: down"):
             await paper.quote(AAPL)
-        paper._borrowed.clear()
-        now = datetime.now(UTC)
-        told.quote = Quote(AAPL, "USD", True, 77.5, 77, 77, 78, 76, now)
+        resting = await paper.place_order(*LIMIT, "BUY", 10, 80.0)
+        assert not (await paper.order(resting)).order.is_completed
+
+        def quoted(is_tradable: bool) -> None:
+            borrowed._known.clear()
+            now = datetime.now(UTC)
+            told.quote = Quote(AAPL, "USD", is_tradable, 77.5, 77, 77, 78, 76, now)
+
+        quoted(True)
         assert await paper.quote(AAPL) == told.quote
         order_id = await paper.place_order(*MARKET, "BUY", 10)
         assert (await paper.order(order_id)).order.avg_price == Decimal("77.51")
-        paper._borrowed.clear()
-        told.quote = Quote(AAPL, "USD", False, 77.5, 77, 77, 78, 76, now)
+        while not (await paper.order(resting)).order.is_filled:
+            told.news.clear()
+            await told.news.wait()
+        assert (await paper.order(resting)).order.avg_price == Decimal("77.51")
+        quoted(False)
         with pytest.raises(Rejected, match="There is no price"):
             await paper.place_order(*MARKET, "BUY", 10)
         await paper.close()
+
+    run(test())
+
+
+def test_a_silent_source_holds_nothing_up(tmp_path: Path) -> None:
+    async def test() -> None:
+        paper, told = await connected(tmp_path, quotes_from="TheOtherInstance1", fees=False)
+        release = threading.Event()
+        told.quote_of = lambda *_: release.wait(60)  # type: ignore[method-assign,assignment]
+        resting = await paper.place_order(*LIMIT, "BUY", 10, 80.0)
+        with pytest.raises(Rejected, match="There is no price"):
+            await paper.place_order(*MARKET, "BUY", 10)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await paper.quote(AAPL)
+        await paper.cancel_order(resting)
+        assert (await paper.order(resting)).order.is_canceled
+        await paper.close()
+        release.set()
 
     run(test())
 
