@@ -240,6 +240,7 @@ class _Session:
         if sock is not None:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
+        transport.cleanup()  # its receiver thread closes the socket only once it has begun
         # The SDK forgets to tell its heartbeat thread, which would run for ever.
         self._connection.on_disconnected()
         self._end()
