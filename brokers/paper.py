@@ -103,7 +103,7 @@ class Paper(BaseBroker):
                 f"Paper has no argument {', '.join(map(repr, sorted(unknown)))}; "
                 f"it has: {', '.join(sorted(ARGUMENTS))}"
             )
-        if self.broker_args.get("hours", "always") not in HOURS:
+        if self.broker_args.get("hours", "always") not in list(HOURS):
             raise ValueError('Paper: hours must be "always" or "exchange"')
         self._initial_cash = _initial_cash(self.broker_args.get("cash", INITIAL_CASH))
         self._source = str(self.broker_args.get("quotes_from") or "")
@@ -123,7 +123,7 @@ class Paper(BaseBroker):
             self.data_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BrokerUnavailable(
-                f"The paper account's directory {self.data_dir} cannot be made: {error.strerror}"
+                f"The paper account's directory cannot be made: {error.strerror}"
             ) from error
         if self._source:
             self._borrowed = BorrowedPrices(lambda contract: self.quote_of(self._source, contract))
@@ -150,6 +150,7 @@ class Paper(BaseBroker):
 
     async def _live(self) -> None:
         """Fills and expires resting orders while nobody asks, and tells the gateway."""
+        failing = False
         while True:
             await asyncio.sleep(PULSE_BORROWED if self._source else PULSE)
             try:
@@ -158,8 +159,11 @@ class Paper(BaseBroker):
                         self._borrowed.refresh(region, ticker)
                 self._open.advance()
                 self._tell()
+                failing = False
             except Exception:  # reads go on; what changes something says what is wrong
-                log.exception("paper account: resting orders could not be looked at")
+                if not failing:
+                    log.exception("paper account: resting orders could not be looked at")
+                failing = True
 
     @property
     def _open(self) -> PaperExchange:
