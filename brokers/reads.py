@@ -46,7 +46,7 @@ class ReadMemory:
         self._lock = threading.Lock()
         self._generation = 0
         self._under_way: dict[Hashable, SharedRead] = {}
-        self._answers: dict[Hashable, tuple[float, Any]] = {}
+        self._answers: dict[Hashable, Call] = {}
 
     def stale(self) -> None:
         with self._lock:
@@ -56,10 +56,14 @@ class ReadMemory:
     def answer(self, operation: str, key: Hashable) -> tuple[bool, Any]:
         """(True, value) when a young answer is known."""
         with self._lock:
-            found = self._answers.get(key)
-        if found is not None and time.monotonic() - found[0] < self._ages[operation]:
-            return True, found[1]
-        return False, None
+            found = self._young(operation, key)
+        return (False, None) if found is None else (True, found.result())
+
+    def _young(self, operation: str, key: Hashable) -> Call | None:
+        found = self._answers.get(key)
+        if found is None or found.began is None:
+            return None
+        return found if time.monotonic() - found.began < self._ages[operation] else None
 
     def join(
         self, operation: str, key: Hashable, fresh: bool, make_call: Callable[[], Call]
@@ -69,6 +73,9 @@ class ReadMemory:
         What `make_call` raises (no connection, no slot, queue full) passes through.
         """
         with self._lock:
+            ended = None if fresh else self._young(operation, key)
+            if ended is not None:  # in the moment since the caller looked for an answer
+                return SharedRead(ended, self._generation)
             shared = self._under_way.get(key)
             if (
                 shared is not None
@@ -98,4 +105,6 @@ class ReadMemory:
             if young and call.exception() is None and call.began is not None:
                 if len(self._answers) > 1000:
                     self._answers.clear()
-                self._answers[key] = (call.began, call.result())
+                known = self._answers.get(key)
+                if known is None or known.began is None or known.began < call.began:
+                    self._answers[key] = call

@@ -167,8 +167,9 @@ class Worker:
     def submit(self, call: Call) -> Call:
         """Queues a call; Busy, RateLimited or BrokerUnavailable at once when it cannot be served.
 
-        A call that would only find a connection that has just failed is refused at once; while the
-        first connection is being made, it waits within its deadline.
+        A call that would only find a connection that has just failed is refused at once (a ping
+        ends the pause before the next attempt); while a connection is being made, it waits within
+        its deadline.
         """
         now = time.monotonic()
         call.costs = self._costs.get(call.operation, ())
@@ -176,14 +177,15 @@ class Worker:
             if self._closing:
                 raise Busy("The service is shutting down; nothing was sent.", retry_after=5)
             lane = self._lane
-            if self._pausing and call.operation != "ping":
+            attempts_at_once = call.operation == "ping" and lane is not None and lane.rested(now)
+            if self._pausing and not attempts_at_once:
                 raise self._unavailable(now)
             if len(self._queue) >= self._queue_size:
                 raise Busy("Too many requests are waiting; nothing was sent.", retry_after=1)
             self._windows.admit(call.costs, cancel=call.is_cancel, patience=call.deadline - now)
             bisect.insort(self._queue, (call.priority, next(self._numbers), call))
         if lane is not None:
-            lane.wake(at_once=call.operation == "ping")
+            lane.wake(at_once=attempts_at_once)
         return call
 
     def release(self, call: Call) -> bool:
@@ -394,7 +396,8 @@ class _Lane(threading.Thread):
         self._connecting_since: float | None = None
         self._running_until: float | None = None  # when the running call is stuck, monotonic
         self._wake_sent: float | None = None  # when the loop was asked to look at the queue
-        self._backend: Backend = worker._make_backend(_LaneLink(self, worker))
+        self._link = _LaneLink(self, worker)
+        self._backend: Backend = worker._make_backend(self._link)
 
     # --- from other threads -------------------------------------------------------------------
     def wake(self, *, at_once: bool = False) -> None:
@@ -403,11 +406,15 @@ class _Lane(threading.Thread):
             self._wake_sent = time.monotonic()
         self._post(self._on_wake, at_once)
 
+    def rested(self, now: float) -> bool:
+        """Whether the last attempt to connect is so long ago that one may be asked for."""
+        return now > self._attempted + BACK_OFF[0]
+
     def stop(self) -> None:
         self._post(self._on_stop)
 
-    def lose(self, reason: str) -> None:
-        self._post(self._on_lost, reason)
+    def lose(self, reason: str, link: _LaneLink) -> None:
+        self._post(self._on_broken, reason, link)
 
     def give_up(self) -> None:
         """Leaves the thread to itself: it runs no further call and ends when it can."""
@@ -447,13 +454,17 @@ class _Lane(threading.Thread):
     # --- on the loop --------------------------------------------------------------------------
     def _on_wake(self, at_once: bool) -> None:
         self._wake_sent = None
-        if at_once and time.monotonic() > self._attempted + BACK_OFF[0]:
+        if at_once:
             self._pause = 0.0
         self._wake.set()
 
     def _on_stop(self) -> None:
         self._stopping = True
         self._wake.set()
+
+    def _on_broken(self, reason: str, link: _LaneLink) -> None:
+        if link is self._link:  # bad news of a copy that is gone says nothing of the next one
+            self._on_lost(reason)
 
     def _on_lost(self, reason: str) -> None:
         self._lost = self._lost or reason
@@ -491,7 +502,8 @@ class _Lane(threading.Thread):
                 return
             pause = _pause(attempt)
             self._worker.disconnected(self, reason, pause)
-            self._backend = self._worker._make_backend(_LaneLink(self, self._worker))
+            self._link = _LaneLink(self, self._worker)
+            self._backend = self._worker._make_backend(self._link)
             await self._wait(pause)
 
     async def _connect(self) -> str:
@@ -598,7 +610,7 @@ class _LaneLink:
         self._worker._listener.on_stale()
 
     def lost(self, reason: str) -> None:
-        self._lane.lose(reason.rstrip("."))
+        self._lane.lose(reason.rstrip("."), self)
 
     def restored(self) -> None:
         if not self._lane._given_up:

@@ -240,6 +240,8 @@ class Stage:
         for number in range(len(self.brokers)):
             trader = self.trader(number)
             wait_for(lambda trader=trader: trader.ping()["pong"], "the broker to connect")
+            # The gateway's own look at what is open; tests count calls and queues after it.
+            self.scripts[number].arrived("recent_orders")
 
 
 @contextmanager
@@ -249,10 +251,13 @@ def stage(
     count: int = 1,
     kind: type[ScriptedBroker] = ScriptedBroker,
     options: dict[str, Any] | None = None,
+    before: Callable[[Script], object] = lambda script: None,
     **settings: Any,
 ) -> Iterator[Stage]:
-    """`settings` are those of `InstanceSettings`, `options` those of `create_app`."""
+    """`settings` are those of `InstanceSettings`, `options` those of `create_app`; `before` may
+    change the first instance's script before anything starts."""
     scripts = [Script() for _ in range(count)]
+    before(scripts[0])
     brokers = [
         kind({"script": script}, f"ScriptedBroker{number:04}", [f"scriptedToken{number:06}"])
         for number, script in enumerate(scripts)

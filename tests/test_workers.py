@@ -1,0 +1,564 @@
+"""Workers: deadlines, order of service, shared reads, reconnects, and brokers that hang."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from acceptance.kit import Answer, Trader, wait_for
+from httptrading.brokers import worker as worker_module
+from httptrading.brokers.registry import broker_register
+from httptrading.brokers.worker import BACK_OFF, Worker
+from httptrading.errors import BrokerUnavailable, HttpTradingError, TimedOut
+from httptrading.model import Cash, Fill, Order, OrderReport
+from simulators.scripted import LIMIT_ORDER, Script, ScriptedBroker, Stage, stage
+
+PATIENT = 8.0
+"""Seconds within which an answer that is due at once must come on a busy machine."""
+
+
+@pytest.fixture
+def on(tmp_path: Path) -> Iterator[Stage]:
+    with stage(tmp_path) as running:
+        running.ready()
+        running.script.received.clear()
+        yield running
+
+
+@contextmanager
+def clients() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(40) as pool:
+        yield pool
+
+
+def worker_of(on: Stage, number: int = 0) -> Worker:
+    workers = on.gateway.instance(on.brokers[number].instance_id).workers
+    found: Worker = next(iter(workers.values()))
+    return found
+
+
+def from_memory(trader: Trader, route: str, **query: Any) -> Answer:
+    """A read that may be answered from memory (a `Trader` asks for fresh ones otherwise)."""
+    return trader.request("GET", route, query=query, headers={"Cache-Control": ""})
+
+
+@contextmanager
+def busy_worker(on: Stage, pool: ThreadPoolExecutor) -> Iterator[Future[Answer]]:
+    """Inside, the worker hangs in a read that has a long deadline."""
+    with on.script.hold("cash"):
+        future = pool.submit(on.trader().cash, timeout=20)
+        on.script.arrived("cash")
+        yield future
+
+
+# --- deadlines -------------------------------------------------------------------------------
+def test_a_read_that_hangs_is_answered_by_its_deadline(on: Stage) -> None:
+    with on.script.hold("cash"):
+        answer = on.trader().cash(timeout=1)
+        assert answer.code == "TIMEOUT" and answer.error["outcome"] == "none"
+        assert 1 <= answer.seconds < PATIENT
+
+
+def test_a_call_whose_deadline_passes_in_the_queue_never_runs(on: Stage) -> None:
+    """The proof that nothing was sent: the broker is asked afterwards, and had no order."""
+    with clients() as pool:
+        with busy_worker(on, pool) as first:
+            placing = pool.submit(on.trader().place, LIMIT_ORDER, key="withdrawn", timeout=1)
+            cancelling = pool.submit(on.trader().cancel, "69788888", timeout=1)
+            for answer in (placing.result(), cancelling.result()):
+                assert answer.code == "TIMEOUT" and answer.error["outcome"] == "none", answer
+                assert "nothing was sent" in answer["ex"]
+            assert worker_of(on).queued() == 0
+        assert first.result().ok
+    assert on.trader().cash().ok  # whatever was queued has had its turn
+    assert not on.script.calls("place_order") and not on.script.calls("cancel_order")
+    again = on.trader().place(LIMIT_ORDER, key="withdrawn")
+    assert again.ok and not again.replayed  # the key was not used up
+    assert len(on.script.calls("place_order")) == 1
+
+
+def test_what_was_sent_before_its_deadline_is_unknown_and_recorded_late(on: Stage) -> None:
+    with on.script.hold("place_order"):
+        answer = on.trader().place(LIMIT_ORDER, key="late", timeout=1)
+        assert (answer.code, answer.error["outcome"]) == ("OUTCOME_UNKNOWN", "unknown")
+        assert answer.error["clientOrderId"] == "late"
+    wait_for(lambda: on.trader().state(key="late").ok, "the late result")
+    assert on.trader().order(key="late")["orderId"] == "69788888"
+    replay = on.trader().place(LIMIT_ORDER, key="late")
+    assert replay.ok and replay.replayed and replay["orderId"] == "69788888"
+    assert len(on.script.calls("place_order")) == 1
+
+
+# --- order of service ----------------------------------------------------------------------------
+def test_cancels_go_before_places_and_places_before_reads(on: Stage) -> None:
+    order_id = on.trader().placed(LIMIT_ORDER)
+    on.script.received.clear()
+    with clients() as pool:
+        with busy_worker(on, pool):
+            waiting = []
+            for number, ask in enumerate(
+                (
+                    lambda: on.trader().positions(timeout=20),
+                    lambda: on.trader().place(LIMIT_ORDER, timeout=20),
+                    lambda: on.trader().quote("US", "AAPL", timeout=20),
+                    lambda: on.trader().place(LIMIT_ORDER, timeout=20),
+                    lambda: on.trader().cancel(order_id, timeout=20),
+                ),
+                start=1,
+            ):
+                waiting.append(pool.submit(ask))
+                wait_for(lambda number=number: worker_of(on).queued() == number, "a queued call")
+        answers = [future.result() for future in waiting]
+        assert all(answer.ok for answer in answers), answers
+    served = [one.operation for one in on.script.received]
+    assert served == ["cash", "cancel_order", "place_order", "place_order", "positions", "quote"]
+
+
+def test_one_thread_runs_one_operation_at_a_time(on: Stage) -> None:
+    inside: list[int] = []
+    most: list[int] = []
+
+    def cash() -> Cash:
+        inside.append(1)
+        most.append(len(inside))
+        inside.pop()
+        return Cash("USD", 1)
+
+    on.script.do["cash"] = cash
+    with clients() as pool:
+        answers = list(pool.map(lambda _: on.trader().cash(), range(30)))
+    assert all(answer.ok for answer in answers)
+    assert set(most) == {1}
+    assert len({one.thread for one in on.script.received}) == 1
+    assert threading.get_ident() not in {one.thread for one in on.script.received}
+
+
+def test_a_full_queue_refuses_at_once(tmp_path: Path) -> None:
+    with stage(tmp_path, queue_size=3) as on, clients() as pool:
+        on.ready()
+        with busy_worker(on, pool):
+            waiting = []
+            for number in range(3):
+                waiting.append(pool.submit(on.trader().positions, timeout=20))
+                wait_for(lambda number=number: worker_of(on).queued() > number, "a queued call")
+            answer = on.trader().place(LIMIT_ORDER, key="refused")
+            assert (answer.status, answer.code) == (503, "BUSY")
+            assert int(answer.headers["Retry-After"]) >= 1
+            assert answer.seconds < PATIENT
+        answers = [future.result() for future in waiting]
+        assert all(answer.ok for answer in answers), answers
+        assert on.trader().placed(LIMIT_ORDER, key="refused")
+
+
+# --- reads from memory ---------------------------------------------------------------------------
+def test_identical_reads_share_one_call(on: Stage) -> None:
+    with clients() as pool:
+        with on.script.hold("quote"):
+            query = {"tradeType": "Securities", "region": "US", "ticker": "AAPL"}
+            waiting = [
+                pool.submit(from_memory, on.trader(), "market/quote", **query) for _ in range(12)
+            ]
+            on.script.arrived("quote")
+            other = pool.submit(
+                from_memory, on.trader(), "market/quote", **query | {"ticker": "MSFT"}
+            )
+            reads = on.gateway.instance(on.brokers[0].instance_id)._reads
+            wait_for(
+                lambda: sum(one.waiting for one in reads._under_way.values()) == 13,
+                "thirteen waiting readers",
+            )
+        answers = [future.result() for future in waiting]
+        assert other.result()["quote"]["contract"]["ticker"] == "MSFT"
+    assert all(answer.ok for answer in answers)
+    assert len({answer.text.partition('"ex"')[2] for answer in answers}) == 1
+    assert len(on.script.calls("quote")) == 2  # AAPL once, MSFT once
+
+
+def test_reads_at_the_same_moment_make_one_call(tmp_path: Path) -> None:
+    with stage(tmp_path, ages={"cash": 60.0}) as on, clients() as pool:
+        on.ready()
+        together = threading.Barrier(16)
+
+        def ask(_: int) -> Answer:
+            trader = on.trader()
+            together.wait()
+            return from_memory(trader, "cash/state")
+
+        for round_ in range(1, 6):
+            answers = list(pool.map(ask, range(16)))
+            assert all(answer.ok for answer in answers)
+            assert len(on.script.calls("cash")) == round_
+            on.script.brokers[-1].stale()
+
+
+def test_one_reader_who_gives_up_takes_nothing_from_the_others(on: Stage) -> None:
+    with clients() as pool:
+        with on.script.hold("cash"):
+            hasty = pool.submit(
+                on.trader().request,
+                "GET",
+                "cash/state",
+                headers={"Cache-Control": "", "HT-TIMEOUT": "1"},
+            )
+            on.script.arrived("cash")
+            patient = pool.submit(
+                on.trader().request,
+                "GET",
+                "cash/state",
+                headers={"Cache-Control": "", "HT-TIMEOUT": "20"},
+            )
+            assert hasty.result().code == "TIMEOUT"
+        assert patient.result().status in (200, 504)
+
+
+def test_a_young_answer_serves_again_and_no_cache_asks(tmp_path: Path) -> None:
+    with stage(tmp_path, ages={"cash": 60.0, "positions": 0.0}) as on:
+        on.ready()
+        amounts = itertools.count(1)
+        on.script.do["cash"] = lambda: Cash("USD", next(amounts))
+        trader = on.trader()
+
+        def amount(headers: str = "") -> Any:
+            answer = trader.request("GET", "cash/state", headers={"Cache-Control": headers})
+            return answer["cash"]["amount"]
+
+        assert [amount() for _ in range(3)] == [1, 1, 1]
+        assert amount("no-cache") == 2
+        assert amount("max-age=0, No-Cache") == 3
+        assert amount() == 3  # a fresh answer is the youngest
+        for _ in range(3):
+            assert from_memory(trader, "position/state").ok
+        assert len(on.script.calls("positions")) == 3  # its age is 0
+
+
+def test_an_answer_ages(tmp_path: Path) -> None:
+    with stage(tmp_path, ages={"cash": 0.05}) as on:
+        on.ready()
+        wait_for(
+            lambda: from_memory(on.trader(), "cash/state").ok and len(on.script.calls("cash")) > 2,
+            "the broker to be asked again",
+        )
+
+
+CHANGES: dict[str, Callable[[Stage], object]] = {
+    "placing": lambda on: on.trader().placed(LIMIT_ORDER),
+    "a refused order": lambda on: on.trader().place({**LIMIT_ORDER, "qty": 13}),
+    "cancelling": lambda on: on.trader().cancel("69788888"),
+    "a push of an order": lambda on: on.script.brokers[-1].report(
+        OrderReport(Order("1", "USD", 12), time=datetime.now(UTC))
+    ),
+    "a push of a fill": lambda on: on.script.brokers[-1].report_fills(
+        Fill("f1", "1", 1, 1, datetime.now(UTC))
+    ),
+    "news from the broker": lambda on: on.script.brokers[-1].stale(),
+    "a reconnect by the SDK": lambda on: on.script.brokers[-1].restored(),
+    "a lost connection": lambda on: lose(on),
+}
+
+
+def lose(on: Stage) -> None:
+    copies = len(on.script.brokers)
+    on.script.brokers[-1].lost("The line was cut")
+    wait_for(lambda: len(on.script.brokers) > copies, "a fresh connection")
+    on.ready()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_something_makes_the_memory_stale(tmp_path: Path, change: str) -> None:
+    with stage(tmp_path, ages={"cash": 60.0}) as on:
+        on.ready()
+        amounts = itertools.count(1)
+        on.script.do["cash"] = lambda: Cash("USD", next(amounts))
+        trader = on.trader()
+        before = from_memory(trader, "cash/state")["cash"]["amount"]
+        assert from_memory(trader, "cash/state")["cash"]["amount"] == before
+        CHANGES[change](on)
+        assert from_memory(trader, "cash/state")["cash"]["amount"] > before
+
+
+def test_a_read_under_way_is_not_shared_with_who_came_after_a_change(on: Stage) -> None:
+    with clients() as pool:
+        with on.script.hold("cash"):
+            early = pool.submit(from_memory, on.trader(), "cash/state")
+            on.script.arrived("cash")
+            on.script.brokers[-1].stale()
+            late = pool.submit(from_memory, on.trader(), "cash/state")
+            wait_for(lambda: worker_of(on).queued() == 1, "a call of its own")
+        assert early.result().ok and late.result().ok
+    assert len(on.script.calls("cash")) == 2
+    assert from_memory(on.trader(), "cash/state").ok
+
+
+# --- connections ---------------------------------------------------------------------------------
+def unreachable(**arguments: Any) -> None:
+    raise BrokerUnavailable("XX is not reachable; check the network")
+
+
+def test_a_broker_that_is_down_from_the_start(tmp_path: Path) -> None:
+    """Everything answers at once; and within 5 s of its return the broker is served."""
+    with stage(tmp_path, count=2, before=lambda on: on.do.update(connect=unreachable)) as on:
+        script = on.script
+        trader = on.trader()
+        wait_for(lambda: "not reachable" in trader.cash().text, "a 503")
+        answer = trader.place(LIMIT_ORDER, key="down")
+        assert (answer.status, answer.code) == (503, "BROKER_UNAVAILABLE")
+        assert int(answer.headers["Retry-After"]) in range(1, 5)
+        assert answer.seconds < PATIENT
+        assert "not reachable" in answer["ex"] and answer.error["outcome"] == "none"
+        pinged = trader.ping()
+        assert pinged.status == 200 and pinged["pong"] is False
+        state = trader.get("instance/state")["state"]
+        assert state["connections"][0]["connected"] is False
+        assert "not reachable" in state["connections"][0]["lastError"]
+        assert on.trader(1).cash().ok
+        script.do.clear()
+        began = time.monotonic()
+        wait_for(lambda: trader.cash().ok, "the broker to be served")
+        assert time.monotonic() - began < 5 + PATIENT / 2
+        assert trader.placed(LIMIT_ORDER, key="down")
+        assert trader.ping()["pong"] is True
+
+
+def lose_quietly(on: Stage) -> None:
+    on.script.brokers[-1].lost("The line was cut")
+
+
+def test_attempts_to_connect_grow_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "BACK_OFF", (0.1, 0.2, 0.4))
+    with stage(tmp_path) as on:
+        on.ready()
+        on.script.do["connect"] = unreachable
+        on.script.received.clear()
+        lose_quietly(on)
+        on.script.arrived("connect", 6)
+        times = [one.time for one in on.script.calls("connect")]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+        # Pauses are shortened by up to 30 % at random; a busy machine only makes them longer.
+        for gap, pause in zip(gaps, (0.1, 0.2, 0.4, 0.4), strict=False):
+            assert gap >= pause * 0.7 - 0.02
+        assert sum(BACK_OFF[-1:]) < 5  # the longest pause: back within 5 s
+
+
+def test_a_steady_connection_that_is_lost_is_made_again_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "STEADY", -1.0)
+    monkeypatch.setattr(worker_module, "BACK_OFF", (600.0,))
+    with stage(tmp_path) as on:
+        on.ready()
+        for copies in range(1, 4):
+            lose_quietly(on)
+            wait_for(lambda copies=copies: len(on.script.brokers) > copies, "a connection at once")
+        assert on.trader().cash().ok
+        assert len(on.script.calls("close")) == 3  # every copy was closed
+        state = on.trader().get("instance/state")["state"]["connections"][0]
+        assert state["connected"] and state["reconnects"] == 3 and state["lastError"] == ""
+
+
+def test_a_ping_while_pausing_tries_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "BACK_OFF", (0.05, 600.0))
+    with stage(tmp_path) as on:
+        on.ready()
+        on.script.do["connect"] = unreachable
+        lose_quietly(on)
+        trader = on.trader()
+        wait_for(
+            lambda: not trader.ping()["pong"] and len(on.script.calls("connect")) >= 5,
+            "pings that try, and fail",
+        )
+        on.script.do.clear()
+        wait_for(lambda: trader.ping()["pong"], "a ping that makes the connection")
+
+
+def test_an_operation_that_finds_the_line_cut_reconnects(on: Stage) -> None:
+    def cut() -> Cash:
+        del on.script.do["cash"]
+        raise BrokerUnavailable("The line was cut")
+
+    on.script.do["cash"] = cut
+    answer = on.trader().cash()
+    assert (answer.status, answer.code) == (503, "BROKER_UNAVAILABLE")
+    wait_for(lambda: on.trader().cash().ok, "a fresh connection")
+    assert len(on.script.brokers) == 2
+    assert len(on.script.calls("close")) == 1
+
+
+def test_a_missing_sdk_is_told(tmp_path: Path) -> None:
+    with stage(tmp_path) as on:
+        on.ready()
+
+        def missing() -> None:
+            raise ModuleNotFoundError("No module named 'xx_sdk'")
+
+        on.script.do["connect"] = missing
+        lose_quietly(on)
+        answer = wait_for(
+            lambda: (found := on.trader().cash()).code and found, "an answer that it is down"
+        )
+        wait_for(lambda: "not installed" in on.trader().cash().text, "why it is down")
+        assert answer.status == 503
+
+
+# --- brokers that hang ---------------------------------------------------------------------------
+def test_a_hung_broker_is_replaced_and_hurts_nobody(tmp_path: Path) -> None:
+    with stage(tmp_path, count=2) as on, clients() as pool:
+        on.ready()
+        first_thread = on.script.brokers[-1]
+        with on.script.hold("place_order"):
+            placing = pool.submit(on.trader().place, LIMIT_ORDER, key="hung", timeout=1)
+            on.script.arrived("place_order")
+            slowest = 0.0
+            while not placing.done():
+                answer = on.trader(1).cash()
+                assert answer.ok
+                slowest = max(slowest, answer.seconds)
+            assert slowest < 0.9  # nobody waited for the neighbour's second
+            answer = placing.result()
+            assert (answer.status, answer.code) == (504, "OUTCOME_UNKNOWN")
+            assert 1 <= answer.seconds < PATIENT
+            # A fresh worker serves while the old call still hangs.
+            found = wait_for(
+                lambda: (seen := on.trader().cash(timeout=5)).ok and seen, "a new worker"
+            )
+            assert found["cash"]["currency"] == "USD"
+            assert on.script.brokers[-1] is not first_thread
+            state = on.trader().get("instance/state")["state"]
+            assert state["connections"][0]["replacements"] == 1
+            assert state["unsettledOrders"] == 1
+        order = wait_for(
+            lambda: (seen := on.trader().state(key="hung")).ok and seen, "the late result"
+        )
+        assert order["order"]["orderId"] == "69788888"
+        assert on.trader().get("instance/state")["state"]["unsettledOrders"] == 0
+
+
+def test_a_connect_that_hangs_is_replaced(tmp_path: Path) -> None:
+    with stage(tmp_path, connect_timeout=0.2) as on:
+        on.ready()
+        with on.script.hold("connect"):
+            lose_quietly(on)
+            on.script.arrived("connect", 2)
+            with on.script.hold():
+                pass
+            on.script.do.pop("connect")  # the next attempt works, this one hangs on
+            on.script.held.clear()
+            wait_for(lambda: on.trader().cash(timeout=2).ok, "a fresh worker")
+            on.script.do["connect"] = lambda: None  # for hold() to take away
+
+
+def test_only_so_many_threads_may_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "MOST_ABANDONED", 2)
+    monkeypatch.setattr(worker_module, "BACK_OFF", (0.05,))
+    with stage(tmp_path, hard_limit=0.05) as on:
+        on.ready()
+        instance = on.gateway.instance(on.brokers[0].instance_id)
+        with on.script.hold("cash"):
+            for number in range(1, 4):
+
+                def hang(number: int = number) -> bool:
+                    with pytest.raises(HttpTradingError):
+                        instance.cash(None, time.monotonic() + 0.1, fresh=True)
+                    return len(on.script.calls("cash")) >= number
+
+                wait_for(hang, f"{number} hanging calls")
+            worker = worker_of(on)
+            wait_for(lambda: worker.state.replacements == 2, "two replacements")
+            before = threading.active_count()
+            for _ in range(5):
+                with pytest.raises((TimedOut, BrokerUnavailable)):
+                    instance.cash(None, time.monotonic() + 0.1, fresh=True)
+            assert len(on.script.calls("cash")) == 3  # no fourth thread hangs
+            assert worker.state.replacements == 2
+            assert threading.active_count() <= before + 1
+        wait_for(lambda: on.trader().cash().ok, "the broker to be served again")
+
+
+@broker_register("scriptedAsync", "剧本证券")
+class AsyncBroker(ScriptedBroker):
+    """The same with an `async def` that waits for ever."""
+
+    async def cash(self) -> Cash:
+        self.script.run("cash", {})
+        await asyncio.Event().wait()
+        raise AssertionError("never reached")
+
+    async def place_order(self, **arguments: Any) -> str:
+        self.script.run("place_order", arguments)
+        await asyncio.Event().wait()
+        raise AssertionError("never reached")
+
+
+def test_an_async_call_is_cancelled_at_its_deadline(tmp_path: Path) -> None:
+    with stage(tmp_path, kind=AsyncBroker) as on:
+        on.ready()
+        answer = on.trader().cash(timeout=1)
+        assert answer.code == "TIMEOUT" and 1 <= answer.seconds < PATIENT
+        placed = on.trader().place(LIMIT_ORDER, timeout=1)
+        assert placed.code == "OUTCOME_UNKNOWN"
+        assert on.trader().positions().ok
+        assert len(on.script.brokers) == 1  # the same worker goes on
+        assert worker_of(on).state.replacements == 0
+
+
+# --- the end -------------------------------------------------------------------------------------
+def test_closing_ends_soon_whatever_hangs(tmp_path: Path) -> None:
+    with stage(tmp_path, count=2) as on, clients() as pool:
+        on.ready()
+        with on.script.hold("place_order", "close"):
+            running = pool.submit(on.trader().place, LIMIT_ORDER, key="running", timeout=20)
+            on.script.arrived("place_order")
+            queued = pool.submit(on.trader().place, LIMIT_ORDER, key="queued", timeout=20)
+            wait_for(lambda: worker_of(on).queued() == 1, "a queued call")
+            began = time.monotonic()
+            on.gateway.drain()
+            answer = queued.result()
+            assert (answer.status, answer.code) == (503, "BUSY")
+            assert "shutting down" in answer["ex"]
+            refused = on.trader(1).cash()
+            assert (refused.status, refused.code) == (503, "BUSY")
+            assert running.result().code == "OUTCOME_UNKNOWN"
+            on.gateway.close()
+            assert time.monotonic() - began < 5
+        assert on.trader(1).cash().code == "BUSY"
+    assert len(on.script.calls("place_order")) == 1
+
+
+def test_closing_closes_every_connection(tmp_path: Path) -> None:
+    with stage(tmp_path, count=3) as on:
+        on.ready()
+        before = threading.active_count()
+        on.gateway.close()
+        assert [len(script.calls("close")) for script in on.scripts] == [1, 1, 1]
+        wait_for(lambda: threading.active_count() < before - 3, "the workers' threads to end")
+        on.gateway.close()  # twice is harmless
+
+
+def test_nothing_starts_before_the_first_request(tmp_path: Path) -> None:
+    from httptrading import create_app
+
+    before = set(threading.enumerate())
+    script = Script()
+    broker = ScriptedBroker({"script": script}, "LazyBroker000001", ["lazyToken0000001"])
+    app = create_app(brokers=[broker], data_dir=tmp_path / "data")
+    assert set(threading.enumerate()) == before
+    assert not (tmp_path / "data").exists()
+    assert app.test_client().get("/httptrading/healthz").status_code == 200
+    wrong = Trader(app, "LazyBroker000001", "wrongToken0000001")
+    assert wrong.cash().status == 404
+    assert set(threading.enumerate()) == before
+    try:
+        assert Trader(app, "LazyBroker000001", "lazyToken0000001").cash().ok
+    finally:
+        app.extensions["httptrading"].close()
