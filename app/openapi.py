@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 from typing import Any
 
 import marshmallow
 from apispec import APISpec
-from apispec.ext.marshmallow import MarshmallowPlugin, OpenAPIConverter
+from apispec.ext.marshmallow import MarshmallowPlugin
+from apispec.ext.marshmallow.openapi import OpenAPIConverter
 from marshmallow import Schema
 
 import httptrading
@@ -71,7 +73,7 @@ def openapi_document(settings: Settings, url_prefix: str) -> Json:
         ],
     )
     assert plugin.converter is not None  # set by APISpec's constructor
-    plugin.converter.add_attribute_function(_own_field)
+    plugin.converter.add_attribute_function(_own_field)  # type: ignore[no-untyped-call]
     token = {"type": "apiKey", "in": "header", "name": settings.token_header}
     spec.components.security_scheme("token", token)
     for node in _NODES:
@@ -113,7 +115,7 @@ def _component_name(schema: Any) -> str:
     return str(kind.__name__).removesuffix("Node")
 
 
-def _own_field(self: OpenAPIConverter, field: marshmallow.fields.Field, **_: Any) -> Json:
+def _own_field(self: OpenAPIConverter, field: marshmallow.fields.Field[Any], **_: Any) -> Json:
     """What our kinds of fields mean in JSON Schema."""
     nullable = bool(field.allow_none)
     found: Json
@@ -137,7 +139,8 @@ def _own_field(self: OpenAPIConverter, field: marshmallow.fields.Field, **_: Any
         case response.Timestamp():
             found = {"type": "integer", "description": "Milliseconds since the epoch."}
         case response.Name():
-            names = [member.name for member in field.kind]
+            kind: type[enum.Enum] = field.kind
+            names = [member.name for member in kind]
             found = {"type": "string", "enum": [*names, None] if nullable else names}
         case marshmallow.fields.Constant():
             return {"type": "string", "const": field.constant}
@@ -433,7 +436,7 @@ def _add_paths(spec: APISpec, prefix: str) -> None:
         }
         spec.path(
             f"{prefix}/api/{{instanceId}}/{path}",
-            parameters=["instanceId"],
+            parameters=["instanceId"],  # type: ignore[list-item]  # a component by its name
             operations={method: operation},
         )
 

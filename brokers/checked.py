@@ -51,7 +51,7 @@ def _placed(value: Any) -> str:
 
 
 def _quote(value: Any) -> Quote:
-    quote = _of(value, Quote, "a quote")
+    quote: Quote = _of(value, Quote, "a quote")
     _contract(quote.contract)
     _text(quote.currency, "currency")
     _of(quote.is_tradable, bool, "is_tradable")
@@ -62,7 +62,7 @@ def _quote(value: Any) -> Quote:
 
 
 def _market_status(value: Any) -> Mapping[Any, Any]:
-    states = _of(value, Mapping, "market states")
+    states: Mapping[Any, Any] = _of(value, Mapping, "market states")
     for kind, regions in states.items():
         if not isinstance(regions, Mapping):
             continue  # brokers for httptrading 1.0 put a "type" beside the kinds
@@ -77,7 +77,7 @@ def _market_status(value: Any) -> Mapping[Any, Any]:
 
 
 def _cash(value: Any) -> Cash:
-    cash = _of(value, Cash, "cash")
+    cash: Cash = _of(value, Cash, "cash")
     _text(cash.currency, "currency")
     _number(cash.amount, "amount")
     return cash
@@ -88,7 +88,7 @@ def _positions(value: Any) -> list[Position]:
 
 
 def _position(value: Any) -> Position:
-    position = _of(value, Position, "a position")
+    position: Position = _of(value, Position, "a position")
     _text(position.broker, "broker")
     _text(position.broker_display, "broker_display")
     _contract(position.contract)
@@ -103,7 +103,7 @@ def _order(value: Any) -> Order | OrderReport:
 
 
 def _bare_order(value: Any) -> Order:
-    order = _of(value, Order, "an order")
+    order: Order = _of(value, Order, "an order")
     for name in ("qty", "filled_qty", "avg_price"):
         _number(getattr(order, name), name)
     _text(order.currency, "currency")
@@ -118,7 +118,7 @@ def _bare_order(value: Any) -> Order:
 
 
 def _report(value: Any) -> OrderReport:
-    report = _of(value, OrderReport, "an order report")
+    report: OrderReport = _of(value, OrderReport, "an order report")
     order = _bare_order(report.order)
     _text(report.mark, "mark")
     if report.contract is not None:
@@ -141,7 +141,7 @@ def _fills(value: Any) -> list[Fill]:
 
 
 def _fill(value: Any) -> Fill:
-    fill = _of(value, Fill, "a fill")
+    fill: Fill = _of(value, Fill, "a fill")
     _number(fill.qty, "qty")
     _number(fill.price, "price")
     _of(fill.time, datetime, "time")
