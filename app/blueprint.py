@@ -82,7 +82,6 @@ class Service:
     def serve(self, path: str, instance_id: str) -> Response:
         """One request below an instance."""
         began = time.monotonic()
-        request = flask.request._get_current_object()  # type: ignore[attr-defined]  # not a proxy
         token = request.headers.get(self.settings.token_header, "")
         admitted = self.doorkeeper.admits(instance_id, token)
         route = ROUTES.get(path)
