@@ -205,17 +205,19 @@ class Journal:
         A journal that cannot be opened now (disk full) is tried again with each use; one of a
         newer version is a ValueError.
         """
+        made = sa.make_url(url)
+        is_sqlite = made.get_backend_name() == "sqlite"
+        if is_sqlite and made.database in (None, "", ":memory:"):
+            raise ValueError("The order journal needs a database that outlives the process.")
         self._reader = sa.create_engine(url, pool_size=8, max_overflow=40)
         self._writer = sa.create_engine(url, pool_size=1)
         self._commits = GroupCommit(self._writer, _unwritable)
         self._opening = threading.Lock()
         self._gateway_id: str | None = None
         self._file: Path | None = None
-        if self._writer.dialect.name == "sqlite":
-            database = self._writer.url.database
-            if database in (None, "", ":memory:"):
-                raise ValueError("The order journal needs a database that outlives the process.")
-            self._file = Path(str(database))
+        if is_sqlite:
+            if not str(made.database).startswith("file:"):  # a SQLite URI makes its file itself
+                self._file = Path(str(made.database))
             sa.event.listen(self._writer, "connect", _sqlite_connect)
             sa.event.listen(self._writer, "begin", _sqlite_begin)
         try:
