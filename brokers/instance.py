@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from dataclasses import dataclass
@@ -78,6 +78,9 @@ from httptrading.model import (
 )
 
 log = logging.getLogger("httptrading.instance")
+
+WRITE_SECONDS = 0.1
+"""How much longer an answer may take for its record to be durable."""
 
 ANSWER_GRACE = 0.1
 """Seconds a waiter stays beyond the deadline for the operation's own account of what happened."""
@@ -375,6 +378,11 @@ class Instance:
                     if found is None:
                         raise
                     return found
+                except HttpTradingError as error:
+                    # Nothing was sent for that request, and this one has a right of its own to try.
+                    if not error.retryable or time.monotonic() >= deadline:
+                        raise
+                    continue
             try:
                 known = self._journal.by_client_order_id(self.id, key)
                 if known is not None:
@@ -555,6 +563,8 @@ class Instance:
             if not replayed and call is not None and worker.withdraw(call):
                 error = worker.unavailable() or not_sent_in_time()
                 call.set_exception(error)
+                # Until it is recorded the key is taken; then the same key may try again.
+                wait([placement], WRITE_SECONDS)
                 raise _own(error) from None
             self.settlement.call_late(placement.mark)
             raise _unknown(key) from None
