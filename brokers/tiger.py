@@ -60,9 +60,10 @@ class Tiger(BaseBroker):
     """
 
     # HTTP has no state, so each kind of operation gets a connection of its own: neither a hanging
-    # quote nor a hanging list keeps an order or a cancellation waiting.
+    # order nor a hanging list or quote keeps a cancellation waiting.
     connections = {
-        "trade": ("place_order", "cancel_order"),
+        "trade": ("place_order",),
+        "cancel": ("cancel_order",),
         "account": ("ping", "cash", "positions", "order", "recent_orders", "fills"),
         "quote": ("quote", "market_status"),
     }

@@ -1135,6 +1135,18 @@ def test_a_hanging_read_is_asked_once_and_keeps_no_order(
             assert len(exchange.received(operation)) == 1
 
 
+def test_a_hanging_order_keeps_no_cancellation(
+    gateway: TigerGateway, exchange: Exchange, tmp_path: Path
+) -> None:
+    with service(gateway, tmp_path, PRIME, timeout=10) as (trader,):
+        order_id = trader.placed(LIMIT_ORDER)
+        exchange.fault("place", FaultKind.HANG)
+        hanging = trader.place(LIMIT_ORDER, timeout=1)
+        assert (hanging.status, hanging.code) == (504, "OUTCOME_UNKNOWN")
+        cancelled = trader.cancel(order_id)
+        assert cancelled.ok and cancelled.seconds < 5
+
+
 def test_two_accounts_of_one_tiger_id_in_one_service(
     gateway: TigerGateway, exchange: Exchange, tmp_path: Path
 ) -> None:
