@@ -32,8 +32,9 @@ MESSAGE_RATE = 100
 CANCEL_REFUSED = {161, 10147, 10148}
 NO_SUCH_CONTRACT = 200
 
-SURELY_REFUSED = {103, 110, 200, 201, 203, 321, 434, 435, 10243}
-"""After these there is no such order. After others TWS's list of orders is asked."""
+SURELY_REFUSED = {103, 200, 201, 203, 321, 434, 435, 10243}
+"""After these there is no such order. After others TWS's list of orders is asked: ib_insync takes
+110 (price step) for a mere warning, for one."""
 
 
 @dataclass

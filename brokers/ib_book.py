@@ -163,6 +163,11 @@ class BookedOrder:
         return ""
 
     @property
+    def is_refused(self) -> bool:
+        """Whether nothing came of it: a part that was filled before is no refusal."""
+        return bool(self.error_reason) and not self.filled_qty
+
+    @property
     def is_canceled(self) -> bool:
         return self.status in CANCELED and not self.error_reason
 

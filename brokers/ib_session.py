@@ -44,6 +44,10 @@ ASK_LIMIT = 5.0
 and a cancellation may be waiting."""
 
 UNANSWERED = "TWS did not answer in time"
+HUNG_UP = "TWS closed the connection"
+
+ORDER_MESSAGES = (5, 11, 101)
+"""openOrder, execDetails, completedOrder: one that cannot be read is an order missing in a list."""
 
 HEARTBEAT = 20.0
 """Seconds between looks whether a silent TWS is still there."""
@@ -86,11 +90,12 @@ class TwsSession:
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._named: dict[str, asyncio.Future[Any]] = {}
         self._told: dict[str, Order] = {}
+        self._unread = 0  # messages about orders that could not be read
         self._quotes: dict[int, Ticks] = {}
         self._heard: dict[int, list[tuple[int, str]]] = {}  # errors about orders being watched
         self._is_live = False  # synchronised, and not closing
         self._is_linked = True
-        self._lost_by = "TWS closed the connection"
+        self._lost_by = HUNG_UP
         self._failure: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[Any]] = set()
         self.ib = self._new_client()
@@ -132,7 +137,7 @@ class TwsSession:
             ("execDetails", self._on_execution),
             ("error", self._on_error),
         ):
-            setattr(ib.wrapper, name, _first(ear, getattr(ib.wrapper, name)))
+            setattr(ib.wrapper, name, self._first(ear, getattr(ib.wrapper, name)))
         for name, take in (
             ("priceSizeTick", Ticks.price),
             ("tickString", Ticks.string),
@@ -141,6 +146,9 @@ class TwsSession:
             ("marketDataType", Ticks.kind),
         ):
             setattr(ib.wrapper, name, self._quote_ear(take, getattr(ib.wrapper, name)))
+        handlers = ib.client.decoder.handlers
+        for number in ORDER_MESSAGES:
+            handlers[number] = self._counted(handlers[number])
         ib.client.apiError += self._on_api_error
         ib.disconnectedEvent += self._on_disconnected
         return ib
@@ -210,7 +218,8 @@ class TwsSession:
 
     def _lose(self, reason: str) -> None:
         """Gives the connection up: whoever waits for an answer hears of it at once."""
-        self._lost_by = reason
+        if self._lost_by == HUNG_UP:
+            self._lost_by = reason
         self._ears.on_lost(reason)
         transport = self._transport()
         if transport is not None:
@@ -272,7 +281,7 @@ class TwsSession:
             except ConnectionError:
                 raise BrokerUnavailable(self._lost_by) from None
             finally:
-                del self._named[name]
+                self._named.pop(name, None)
 
     async def ask(
         self, request: Callable[[], Awaitable[_Answer]], *, absent: int = 0
@@ -315,13 +324,17 @@ class TwsSession:
 
     async def list_orders(self) -> set[int]:
         """Refreshes the book with every open and completed order and today's executions; the
-        permIds of the orders TWS listed."""
+        permIds of the orders TWS listed. TimedOut when one of them could not be read: the list is
+        not complete then, and an order must not count as missing."""
         ib = self.ib
+        unread = self._unread
         opened = await self.ask_named("openOrders", ib.reqAllOpenOrdersAsync)
         completed = await self.ask_named(
             "completedOrders", lambda: ib.reqCompletedOrdersAsync(False)
         )
         await self.ask(ib.reqExecutionsAsync)
+        if self._unread != unread and self._is_live:
+            raise TimedOut("TWS listed an order that could not be read; the log has more")
         return {trade.order.permId for trade in [*opened, *completed]}
 
     # --- what TWS says ------------------------------------------------------------------------
@@ -420,6 +433,31 @@ class TwsSession:
     def is_ours(self, booked: BookedOrder) -> bool:
         return booked.account == self.account
 
+    def _first(self, ear: Callable[..., None], then: Callable[..., Any]) -> Callable[..., Any]:
+        """Calls ours, then the SDK's own handler of a message."""
+
+        def hear(*arguments: Any) -> Any:
+            try:
+                ear(*arguments)
+            except Exception:
+                self._unread += 1
+                log.exception("a message of TWS could not be understood")
+            return then(*arguments)
+
+        return hear
+
+    def _counted(self, handler: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+        """Notes what the SDK cannot decode; it only logs it and goes on."""
+
+        def decode(fields: list[str]) -> None:
+            try:
+                handler(fields)
+            except Exception:
+                self._unread += 1
+                raise
+
+        return decode
+
     def _quote_ear(self, take: Callable[..., None], then: Callable[..., Any]) -> Callable[..., Any]:
         """Takes a tick of our own quotes; the SDK would complain that it knows no such request."""
 
@@ -465,16 +503,3 @@ class TwsSession:
             raise
         finally:
             del self._heard[api_id]
-
-
-def _first(ear: Callable[..., None], then: Callable[..., Any]) -> Callable[..., Any]:
-    """Calls ours, then the SDK's own handler of a message."""
-
-    def hear(*arguments: Any) -> Any:
-        try:
-            ear(*arguments)
-        except Exception:
-            log.exception("a message of TWS could not be understood")
-        return then(*arguments)
-
-    return hear

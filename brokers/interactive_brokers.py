@@ -237,7 +237,7 @@ class InteractiveBrokers(BaseBroker):
         while True:
             booked = tws.book.own(api_id)
             refused = next((error for error in heard if is_refusal(error[0])), None)
-            if booked is not None and booked.error_reason:
+            if booked is not None and booked.is_refused:
                 raise Rejected(booked.error_reason)
             if booked is not None and booked.status != "Inactive":
                 return str(booked.perm_id)
@@ -255,7 +255,7 @@ class InteractiveBrokers(BaseBroker):
         booked = tws.book.own(api_id)
         if booked is None and refused is not None:
             raise refusal(*refused)
-        if booked is not None and booked.error_reason:
+        if booked is not None and booked.is_refused:
             raise Rejected(booked.error_reason)
         if booked is None:
             raise OutcomeUnknown("TWS has not said what became of the order")

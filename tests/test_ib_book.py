@@ -120,6 +120,9 @@ def test_201_is_the_end_whatever_the_status_says() -> None:
         order = booked.order()
         assert order.error_reason == "Order rejected - reason: no margin"
         assert (order.is_canceled, order.is_completed) == (False, True)
+        assert booked.is_refused
+        book.execution(execution(1, 4, 12.3))
+        assert not booked.is_refused  # something came of it
 
 
 def test_an_unknown_error_counts_only_with_a_dead_status() -> None:

@@ -219,9 +219,7 @@ def test_codes_that_sound_fatal_and_are_not(trader: Trader, tws: Tws) -> None:
 
 
 @pytest.mark.parametrize("text", ["435 You must specify an account.", "110 The price does not"])
-def test_refusals_keep_the_words_and_use_no_time(
-    trader: Trader, exchange: Exchange, text: str
-) -> None:
+def test_refusals_keep_the_words(trader: Trader, exchange: Exchange, text: str) -> None:
     exchange.fault("place", FaultKind.REFUSE, text=text)
     answer = trader.place(limit())
     assert answer.code == "BROKER_REJECTED" and text[4:] in answer["ex"]
@@ -277,6 +275,22 @@ def test_a_question_before_sending_is_no_unknown_outcome(
     with subject.nothing_sent():
         assert trader.place(limit(), key="early", timeout=1).code == "BROKER_UNAVAILABLE"
     assert until(lambda: trader.place(limit(), key="early"))["clientOrderId"] == "early"
+
+
+def test_an_order_that_cannot_be_read_is_not_missing(
+    subject: Subject, trader: Trader, tws: Tws, exchange: Exchange
+) -> None:
+    """The SDK drops a message that it cannot decode: the list has a hole, not the exchange."""
+    tws.garbled = True
+    with subject.one_order():
+        exchange.fault("place", FaultKind.ACCEPT_THEN_CUT)
+        assert trader.place(limit(), key="hole", timeout=1).code == "OUTCOME_UNKNOWN"
+        until(trader.cash)
+        for _ in range(5):
+            again = trader.place(limit(), key="hole", timeout=1)
+            assert again.code in {"OUTCOME_UNKNOWN", "BROKER_UNAVAILABLE"}, again
+        tws.garbled = False
+        until(lambda: trader.place(limit(), key="hole", timeout=5))
 
 
 # --- whose order --------------------------------------------------------------------------------
@@ -635,7 +649,7 @@ def test_a_burst_of_ten_orders_is_not_slowed_down(trader: Trader, exchange: Exch
     begun = time.monotonic()
     for _ in range(10):
         trader.placed(limit())
-    # Promised: 0.5 s. Measured on two idle cores: 0.05 s; the bound is for a busy machine.
+    # Promised: 0.5 s. Measured on two shared cores: 0.1 to 0.5 s; the bound is for a busy machine.
     assert time.monotonic() - begun < 5
     assert len(exchange.received("place")) == 11
 

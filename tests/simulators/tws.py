@@ -125,6 +125,7 @@ class Tws:
         self.snapshot_ends = True  # tickSnapshotEnd is sent (it may take 11 s at the real one)
         self.halted: set[tuple[str, str]] = set()
         self.ledger_prefix = ""  # "$LEDGER-" in newer TWS
+        self.garbled = False  # openOrder comes without its last field
         self.order_messages: list[tuple[int, str]] = []  # sent with every accepted order
         self.held_client_ids: set[int] = set()  # in use by somebody else
         self.messages_per_second = 50
@@ -750,6 +751,8 @@ class _Connection(asyncio.Protocol):
     def _send_named(self, number: int, names: list[str], values: dict[str, object]) -> None:
         if self.version >= 177:
             names = [name for name in names if name != "faProfile"]
+        if self.tws.garbled:
+            names = names[:-1]
         self.send(number, *(values.get(name, ORDER_DEFAULTS.get(name, "")) for name in names))
 
     def _contract(self, order: ExchangeOrder) -> list[object]:
