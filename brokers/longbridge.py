@@ -50,6 +50,7 @@ from httptrading.brokers.registry import broker_register
 from httptrading.errors import (
     BrokerError,
     BrokerUnavailable,
+    Busy,
     OrderNotFound,
     OutcomeUnknown,
     RateLimited,
@@ -155,7 +156,9 @@ class LongBridge(BaseBroker):
         if missing:
             raise ValueError(f"LongBridge needs {', '.join(missing)} in its arguments")
         self._app_key, self._app_secret = str(given["app_key"]), str(given["app_secret"])
-        self._renews = bool(given.get("auto_refresh_token", False))
+        self._renews = given.get("auto_refresh_token", False)
+        if not isinstance(self._renews, bool):
+            raise ValueError("LongBridge's auto_refresh_token is true or false")
         path = Path(str(given["token_file"])).expanduser().absolute()
         top_level = "cn" if os.environ.get("LONGPORT_REGION", "").upper() == "CN" else "com"
         self._urls = {
@@ -316,6 +319,12 @@ class LongBridge(BaseBroker):
                 f"LongBridge cannot be reached ({error}): check this machine's {what}"
             ) from None
         except Refused as refused:
+            if refused.status == 401 and self._renewer is not None and self._renewer.is_renewing:
+                # The old token is dead and the new one on its way. No BrokerUnavailable: closing
+                # this connection now could lose it.
+                raise Busy(
+                    "LongBridge's token is being renewed; nothing was done", retry_after=1
+                ) from None
             raise refusal(refused, self._file.path) from None
 
     # --- the operations: trading --------------------------------------------------------------

@@ -47,7 +47,10 @@ def parse_grant(data: Any) -> Token:
 
 
 class Renewer:
-    """The background part of the trade connection; `look()` is called a few times a minute."""
+    """The background part of the trade connection; `look()` is called a few times a minute.
+
+    Without `renews` it only says when the token comes to its end.
+    """
 
     def __init__(
         self,
@@ -72,7 +75,15 @@ class Renewer:
                 with Renewal(self._file.path, self._app_key) as renewal:
                     if renewal.is_held:
                         self._write(renewal, self._unwritten)
-            elif self._renews and self._is_near_its_end():
+            elif not self._is_near_its_end():
+                return
+            elif not self._renews:
+                end = datetime.fromtimestamp(self._file.current().expiry, UTC)
+                self._complain(
+                    f"The LongBridge token ends at {end}: put a new one into {self._file.path}, or "
+                    "set auto_refresh_token"
+                )
+            else:
                 with Renewal(self._file.path, self._app_key) as renewal:
                     due = renewal.token is not None
                 if due:
@@ -89,17 +100,23 @@ class Renewer:
             log.error("%s", text)
 
     def _is_near_its_end(self) -> bool:
-        if self._running is not None and not self._running.done():
+        if self.is_renewing:
             return False
         try:
             return self._file.current().remaining() <= RENEW_BEFORE
         except TokenFileError:
             return False  # whoever uses the token says what is wrong
 
+    @property
+    def is_renewing(self) -> bool:
+        return self._running is not None and not self._running.done()
+
     async def finish(self, seconds: float) -> None:
         """Lets a renewal under way end: its answer holds the only token that will work."""
         if self._running is not None:
             await asyncio.wait([self._running], timeout=seconds)
+        if self._unwritten is not None:
+            await self.look()
 
     async def _renew(self) -> None:
         with Renewal(self._file.path, self._app_key) as renewal:
