@@ -92,6 +92,9 @@ CALLS_TO_CONNECT = 5
 """Quote calls that the SDK makes by itself while it connects: the quote profile, and the trading
 days of four markets (rust/src/quote/core.rs)."""
 
+READ_SECONDS = 5.0
+"""A read that hangs is given up then, whatever its deadline: cancellations wait behind it."""
+
 PROBE_SECONDS = 4.0
 WATCH_SECONDS = 0.5
 RENEWAL_LOOK_SECONDS = 5.0
@@ -287,7 +290,10 @@ class LongBridge(BaseBroker):
     async def _get(self, path: str, query: Query | None = None) -> Any:
         """A read's `data`."""
         try:
-            return await self._ask("GET", path, query)
+            async with asyncio.timeout(READ_SECONDS):
+                return await self._ask("GET", path, query)
+        except TimeoutError:
+            raise TimedOut(f"LongBridge did not answer within {READ_SECONDS:g} s") from None
         except NoAnswer:
             raise TimedOut("LongBridge gave no intelligible answer; try again") from None
 

@@ -620,6 +620,22 @@ class TestLife:
             assert busy < calm + 1, "the same within 5 ms on an idle machine; 3 s when frozen"
             desk.served(quotes=True)
 
+    def test_a_hanging_read_delays_a_cancel_by_seconds_only(
+        self, exchange: Exchange, server: LongPort, tmp_path: Path
+    ) -> None:
+        token_file(tmp_path)
+        with Desk(tmp_path / "data", broker(server, tmp_path)) as desk:
+            trader = desk.served()
+            order_id = trader.placed(ORDER)
+            exchange.fault("positions", FaultKind.HANG)
+            with ThreadPoolExecutor(1) as pool:
+                reading = pool.submit(partial(desk.trader().positions, timeout=30))
+                exchange.wait_for(lambda: exchange.received("positions"))
+                assert trader.cancel(order_id, timeout=25).ok
+                answer = reading.result()
+            assert (answer.status, answer.code) == (504, "TIMEOUT")
+            assert answer.seconds < 20, "5 s on an idle machine"
+
     @pytest.mark.parametrize("connection", ["trade", "quote", "push"])
     def test_a_killed_child_is_replaced(
         self, exchange: Exchange, server: LongPort, tmp_path: Path, connection: str
