@@ -45,7 +45,8 @@ def canonical_ticker(region: str, text: str) -> str:
     """
     text = text.strip()
     if region == "US":
-        match = _US.fullmatch(text.upper())
+        # upper() makes ASCII letters of others: of "ß" the ticker SS.
+        match = _US.fullmatch(text.upper() if text.isascii() else "")
         if match is None:
             raise ValueError("a US ticker has 1 to 6 letters or digits, and .X for a share class")
         return ".".join(part for part in match.groups() if part)
