@@ -15,7 +15,6 @@ import hashlib
 import http.client
 import json
 import logging
-import select
 import socket
 import ssl
 import time
@@ -222,14 +221,18 @@ class Transport:
         return left
 
     def _usable(self, connection: http.client.HTTPConnection) -> bool:
-        """Whether nothing has come (an end of file, say) since the last answer."""
-        if connection.sock is None or time.monotonic() - self._used > IDLE_LIMIT:
+        """Whether the server has neither closed it nor said anything since the last answer."""
+        sock = connection.sock
+        if sock is None or time.monotonic() - self._used > IDLE_LIMIT:
             return False
-        poll = select.poll() if hasattr(select, "poll") else None
-        if poll is None:
-            return not select.select([connection.sock], [], [], 0)[0]
-        poll.register(connection.sock, select.POLLIN)
-        return not poll.poll(0)
+        sock.settimeout(0)
+        try:
+            sock.recv(1)
+        except (BlockingIOError, ssl.SSLWantReadError):  # TLS may have had tickets to deliver
+            return True
+        except OSError:
+            pass
+        return False
 
     def _verify(self, answer: bytes, timestamp: str) -> None:
         """Tiger signs the request's timestamp (tiger_open_client.py `__parse_response`); the SDK

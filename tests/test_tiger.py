@@ -806,7 +806,8 @@ def test_the_gateways_certificate_is_checked(
         if trusted:
             monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
             with connected(given, "account") as broker:
-                assert broker.positions() == []
+                assert broker.positions() == broker.positions() == []
+            assert gateway.http_connections == 1
         else:
             with (
                 pytest.raises(BrokerUnavailable, match="not trusted"),
