@@ -1,0 +1,304 @@
+"""Rate windows: what the broker counts, whatever the network does; kept slots; true waits."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from httptrading.brokers import limits
+from httptrading.brokers.base import Window
+from httptrading.brokers.limits import Windows, account_windows
+from httptrading.errors import RateLimited
+from simulators.scripted import LIMIT_ORDER, ScriptedBroker, stage
+
+
+class Clock:
+    """The time that the windows see; tests move it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture(autouse=True)
+def _put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "time", time)
+
+
+def with_clock() -> Clock:
+    clock = Clock()
+    limits.time = clock  # type: ignore[attr-defined]
+    return clock
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A call as the broker sees it: it arrives some time between its begin and its end."""
+
+    begun: float
+    arrived: float
+    cancel: bool
+
+
+def run_calls(
+    windows: Windows,
+    clock: Clock,
+    plan: list[tuple[float, float, float, bool]],
+    lanes: int,
+) -> list[Sent]:
+    """Lets `lanes` workers send the planned calls as soon as the windows let them.
+
+    A plan's entry: pause before it is asked for, seconds until it arrives at the broker, seconds
+    from there until its answer is back, whether it is a cancellation.
+    """
+    sent: list[Sent] = []
+    running: list[tuple[float, int]] = []  # (end, number)
+    numbers = itertools.count()
+
+    def advance(to: float) -> None:
+        while running and min(running)[0] <= to:
+            end, _ = ended = min(running)
+            running.remove(ended)
+            clock.now = max(clock.now, end)
+            windows.end(["w"])
+        clock.now = max(clock.now, to)
+
+    for pause, there, back, cancel in plan:
+        advance(clock.now + pause)
+        try:
+            windows.admit(["w"], cancel=cancel, patience=1e9)
+        except RateLimited:
+            raise AssertionError("nobody is refused with so much patience") from None
+        while True:
+            if len(running) >= lanes:
+                advance(min(running)[0])
+                continue
+            wait = windows.begin(["w"], cancel=cancel)
+            if wait <= 0:
+                break
+            until = clock.now + wait
+            advance(min([until, *(end for end, _ in running if end > clock.now)]))
+        sent.append(Sent(clock.now, clock.now + there, cancel))
+        running.append((clock.now + there + back, next(numbers)))
+    return sent
+
+
+DELAYS = st.floats(0, 3, allow_nan=False)
+PLANS = st.lists(st.tuples(DELAYS, DELAYS, DELAYS, st.booleans()), min_size=1, max_size=40)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    plan=PLANS,
+    limit=st.integers(1, 6),
+    seconds=st.floats(0.5, 5),
+    kept=st.integers(0, 3),
+    lanes=st.integers(1, 3),
+)
+def test_the_broker_never_counts_more_than_the_limit(
+    plan: list[tuple[float, float, float, bool]],
+    limit: int,
+    seconds: float,
+    kept: int,
+    lanes: int,
+) -> None:
+    kept = min(kept, limit - 1)
+    clock = with_clock()
+    sent = run_calls(Windows({"w": Window(limit, seconds, kept=kept)}), clock, plan, lanes)
+    assert len(sent) == len(plan)
+    arrivals = sorted(one.arrived for one in sent)
+    for first, beyond in zip(arrivals, arrivals[limit:], strict=False):
+        assert beyond - first >= seconds - 1e-6
+    others = sorted(one.arrived for one in sent if not one.cancel)
+    for first, beyond in zip(others, others[limit - kept :], strict=False):
+        assert beyond - first >= seconds - 1e-6
+
+
+@settings(deadline=None, max_examples=100)
+@given(plan=PLANS, gap=st.floats(0.01, 2))
+def test_gaps_are_kept_as_the_broker_sees_them(
+    plan: list[tuple[float, float, float, bool]], gap: float
+) -> None:
+    clock = with_clock()
+    sent = run_calls(Windows({"w": Window(1000, 0.001, gap=gap)}), clock, plan, lanes=1)
+    for earlier, later in itertools.pairwise(sent):
+        assert later.arrived - earlier.arrived >= gap - 1e-6
+
+
+def test_a_burst_that_is_allowed_goes_through_at_once() -> None:
+    clock = with_clock()
+    windows = Windows({"w": Window(15, 30.0)})
+    for _ in range(15):
+        windows.admit(["w"], cancel=False, patience=0.0)
+        assert windows.begin(["w"], cancel=False) == 0.0
+        windows.end(["w"])
+    assert clock.now == 1000.0
+    with pytest.raises(RateLimited) as refused:
+        windows.admit(["w"], cancel=False, patience=29.9)
+    assert refused.value.retry_after == pytest.approx(30.0)
+
+
+def test_the_last_slots_are_kept_for_cancels() -> None:
+    with_clock()
+    windows = Windows({"w": Window(5, 30.0, kept=2)})
+
+    def send(cancel: bool) -> None:
+        windows.admit(["w"], cancel=cancel, patience=0.0)
+        assert windows.begin(["w"], cancel=cancel) == 0.0
+        windows.end(["w"])
+
+    for _ in range(3):
+        send(cancel=False)
+    with pytest.raises(RateLimited):
+        send(cancel=False)
+    for _ in range(2):
+        send(cancel=True)
+    with pytest.raises(RateLimited):
+        send(cancel=True)
+
+
+def test_queued_reads_do_not_stand_before_a_cancel() -> None:
+    with_clock()
+    windows = Windows({"w": Window(3, 30.0, kept=1)})
+    for _ in range(20):
+        windows.admit(["w"], cancel=False, patience=1e9)
+    windows.admit(["w"], cancel=True, patience=0.0)
+    assert windows.begin(["w"], cancel=True) == 0.0
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    limit=st.integers(1, 5),
+    kept=st.integers(0, 2),
+    queued=st.integers(0, 17),
+    spacing=st.lists(st.floats(0, 1), min_size=5, max_size=5),
+)
+def test_retry_after_is_true(limit: int, kept: int, queued: int, spacing: list[float]) -> None:
+    """Who comes again after the told time finds a slot, and not one that was free long before."""
+    kept = min(kept, limit - 1)
+    clock = with_clock()
+    windows = Windows({"w": Window(limit, 10.0, kept=kept)})
+
+    def send() -> float:
+        while (wait := windows.begin(["w"], cancel=False)) > 0:
+            clock.now += wait
+        windows.end(["w"])
+        return clock.now
+
+    for pause in spacing[: limit - kept]:
+        clock.now += pause
+        windows.admit(["w"], cancel=False, patience=0.0)
+        send()
+    for _ in range(queued):
+        windows.admit(["w"], cancel=False, patience=1e9)
+    asked = clock.now
+    with pytest.raises(RateLimited) as refused:
+        windows.admit(["w"], cancel=False, patience=0.0)
+    told = refused.value.retry_after
+    assert told is not None
+    for _ in range(queued):
+        send()
+    windows.admit(["w"], cancel=False, patience=1e9)
+    assert send() == pytest.approx(asked + told, abs=1e-6)
+
+
+def test_a_withdrawn_call_gives_its_place_back() -> None:
+    with_clock()
+    windows = Windows({"w": Window(1, 10.0)})
+    for cancel in (False, True):
+        for _ in range(5):
+            windows.admit(["w"], cancel=cancel, patience=0.0)
+            windows.withdraw(["w"], cancel=cancel)
+    assert windows.state()["w"].left == 1
+
+
+def test_a_slot_beside_the_queue() -> None:
+    clock = with_clock()
+    windows = Windows({"w": Window(2, 10.0, kept=1)})
+    windows.take("w")
+    with pytest.raises(RateLimited) as refused:
+        windows.take("w")
+    assert refused.value.retry_after == pytest.approx(10.0)
+    clock.now += 10.0
+    windows.take("w")
+
+
+def test_a_call_in_several_windows_waits_for_all() -> None:
+    clock = with_clock()
+    windows = Windows({"quick": Window(10, 1.0), "slow": Window(1, 60.0)})
+    windows.admit(["quick", "slow"], cancel=False, patience=0.0)
+    assert windows.begin(["quick", "slow"], cancel=False) == 0.0
+    windows.end(["quick", "slow"])
+    windows.admit(["quick"], cancel=False, patience=0.0)
+    assert windows.begin(["quick"], cancel=False) == 0.0
+    windows.end(["quick"])
+    with pytest.raises(RateLimited) as refused:
+        windows.admit(["quick", "slow"], cancel=False, patience=5.0)
+    assert refused.value.retry_after == pytest.approx(60.0)
+    assert windows.state()["quick"].left == 8
+    clock.now += 60.0
+    windows.admit(["quick", "slow"], cancel=False, patience=0.0)
+
+
+def test_one_account_has_one_set_of_windows() -> None:
+    declared = {"w": Window(1, 10.0)}
+    one = account_windows("test:account-of-limits", declared)
+    assert account_windows("test:account-of-limits", declared) is one
+    assert account_windows("test:another", declared) is not one
+
+
+# --- through the service ----------------------------------------------------------------------
+class LimitedBroker(ScriptedBroker):
+    windows = {"trade": Window(4, 3600.0, kept=2), "quotes": Window(2, 1.0)}
+    costs = {
+        "place_order": ("trade",),
+        "cancel_order": ("trade",),
+        "quote": ("quotes",),
+    }
+    ages = {"quote": 0.0}
+
+
+def test_the_service_refuses_what_cannot_come_in_time(tmp_path: Any) -> None:
+    with stage(tmp_path, kind=LimitedBroker) as on:
+        on.ready()
+        trader = on.trader()
+        for _ in range(2):
+            assert trader.place(LIMIT_ORDER).ok
+        answer = trader.place(LIMIT_ORDER, key="limited")
+        assert (answer.status, answer.code) == (429, "RATE_LIMITED")
+        assert 3500 < int(answer.headers["Retry-After"]) <= 3600
+        assert answer.error["outcome"] == "none" and answer.error["retryable"]
+        for _ in range(2):  # the kept slots
+            assert trader.cancel("69788888").ok
+        assert trader.cancel("69788888").status == 429
+        assert len(on.script.calls("place_order")) == 2
+        left = {one["name"]: one["left"] for one in trader.get("instance/state")["state"]["limits"]}
+        assert left["trade"] == 0
+
+
+def test_a_call_that_can_wait_waits(tmp_path: Any) -> None:
+    with stage(tmp_path, kind=LimitedBroker) as on:
+        on.ready()
+        trader = on.trader()
+        assert all(trader.quote("US", "AAPL").ok for _ in range(3))
+        times = [one.time for one in on.script.calls("quote")]
+        assert times[2] - times[0] >= 1.0
+
+
+def test_instances_with_the_same_credentials_share_their_windows(tmp_path: Any) -> None:
+    class OneAccount(LimitedBroker):
+        def account_key(self) -> str:
+            return "test:one-account-in-two-instances"
+
+    with stage(tmp_path, count=2, kind=OneAccount) as on:
+        on.ready()
+        assert all(on.trader(number).place(LIMIT_ORDER).ok for number in (0, 1))
+        assert [on.trader(number).place(LIMIT_ORDER).status for number in (0, 1)] == [429, 429]
