@@ -378,7 +378,7 @@ class TestLimits:
             order_id = trader.placed(ORDER)
             answers = at_once([partial(desk.trader().place, ORDER) for _ in range(40)])
             refused = [answer for answer in answers if not answer.ok]
-            # A slot that was foreseen may go to the listing after the connect: then it is a TIMEOUT.
+            # A foreseen slot may go to the listing after the connect: then it is a TIMEOUT.
             codes = [(answer.status, answer.code) for answer in refused]
             assert set(codes) <= {(429, "RATE_LIMITED"), (504, "TIMEOUT")}
             assert codes.count((429, "RATE_LIMITED")) >= len(codes) - 5
