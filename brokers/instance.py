@@ -375,9 +375,11 @@ class Instance:
                     return found or self._await_placement(placement, key, deadline, replayed=True)
                 except OutcomeUnknown:
                     found = self._found(key)
-                    if found is None:
+                    if found is not None:
+                        return found
+                    if placement.call is not None or time.monotonic() >= deadline:
                         raise
-                    return found
+                    continue  # that request has found it unsettled: wait for that as it does
                 except HttpTradingError as error:
                     # Nothing was sent for that request, and this one has a right of its own to try.
                     if not error.retryable or time.monotonic() >= deadline:

@@ -1,0 +1,677 @@
+"""Orders of unknown outcome: found, or proved not to be there; never guessed, never re-sent.
+
+Also what stands on the journal: a memory longer than the broker's, the stop switches, a disk that
+takes nothing more.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from acceptance.kit import Answer, Trader, wait_for
+from httptrading.brokers.base import OPERATIONS, BaseBroker
+from httptrading.brokers.journal import Journal, OrderRequest
+from httptrading.errors import (
+    BrokerUnavailable,
+    OrderNotFound,
+    OutcomeUnknown,
+    RateLimited,
+    Rejected,
+    TimedOut,
+)
+from httptrading.model import (
+    Contract,
+    Fill,
+    Lifecycle,
+    Order,
+    OrderReport,
+    OrderType,
+    TimeInForce,
+    TradeType,
+)
+from simulators.scripted import AAPL, LIMIT_ORDER, Script, ScriptedBroker, Stage, stage
+
+INSTANCE = "ScriptedBroker0000"
+REQUEST = OrderRequest(
+    AAPL, OrderType.Limit, TimeInForce.DAY, Lifecycle.RTH, "BUY", 12, Decimal("200.01")
+)
+CROWD = 12
+
+
+@pytest.fixture
+def on(tmp_path: Path) -> Iterator[Stage]:
+    with stage(tmp_path) as running:
+        running.ready()
+        yield running
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def operation(**_: Any) -> Any:
+        raise error
+
+    return operation
+
+
+def accepting(script: Script, then: Callable[..., Any]) -> Callable[..., Any]:
+    def place_order(**arguments: Any) -> Any:
+        script.usual("place_order", arguments)
+        return then(**arguments)
+
+    return place_order
+
+
+LOST = raising(OutcomeUnknown("The line was cut."))
+
+
+def until(answer: Callable[[], Answer], code: str) -> Answer:
+    """Asks until the answer has this code ("" for a success)."""
+    return wait_for(lambda: (lambda a: a if a.code == code else None)(answer()), code or "success")
+
+
+def unknown(answer: Answer, key: str = "k") -> None:
+    assert (answer.status, answer.code) == (504, "OUTCOME_UNKNOWN"), answer
+    assert answer.error["outcome"] == "unknown"
+    assert answer.error["clientOrderId"] == key
+
+
+# --- after an unknown outcome -------------------------------------------------------------------
+def test_accepted_and_cut(on: Stage) -> None:
+    trader = on.trader()
+    on.script.do["place_order"] = accepting(on.script, LOST)
+    unknown(trader.place(LIMIT_ORDER, key="k"))
+    answer = until(lambda: trader.state(key="k"), "")
+    assert answer["order"]["orderId"] == on.script.orders[0].order.order_id
+    again = trader.place(LIMIT_ORDER, key="k")
+    assert again.replayed and again["orderId"] == answer["order"]["orderId"]
+    assert len(on.script.calls("place_order")) == 1
+
+
+def test_never_arrived(on: Stage) -> None:
+    """Unknown until the broker has listed its orders twice without it; then the name is free."""
+    trader = on.trader()
+    on.script.do["place_order"] = LOST
+    before = len(on.script.calls("recent_orders"))
+    unknown(trader.place(LIMIT_ORDER, key="k"))
+    unknown(trader.state(key="k"))
+    unknown(trader.cancel(key="k"))
+    missing = until(lambda: trader.state(key="k"), "ORDER_NOT_FOUND")
+    assert missing.status == 404 and "not placed" in missing.body["ex"]
+    assert len(on.script.calls("recent_orders")) >= before + 2
+    assert len(on.script.calls("place_order")) == 1, "the gateway itself sends nothing again"
+    del on.script.do["place_order"]
+    again = trader.place(LIMIT_ORDER, key="k")
+    assert again.ok and not again.replayed
+    first, second = (call.arguments["mark"] for call in on.script.calls("place_order"))
+    assert first != second
+    assert trader.order(key="k")["orderId"] == again["orderId"]
+
+
+def test_a_repetition_waits_for_the_settlement_and_then_sends(on: Stage) -> None:
+    on.script.do["place_order"] = LOST
+    unknown(on.trader().place(LIMIT_ORDER, key="k"))
+    del on.script.do["place_order"]
+    with ThreadPoolExecutor(CROWD) as pool:
+        answers = list(
+            pool.map(lambda _: on.trader().place(LIMIT_ORDER, key="k", timeout=20), range(CROWD))
+        )
+    assert all(answer.ok for answer in answers), answers
+    assert len({answer["orderId"] for answer in answers}) == 1
+    assert len(on.script.calls("place_order")) == 2 and len(on.script.orders) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BrokerUnavailable("Down."),
+        TimedOut("Slow."),
+        RateLimited("Too fast.", retry_after=1),
+        ValueError("cut in the middle of the listing"),
+    ],
+)
+def test_a_listing_that_fails_proves_nothing(on: Stage, error: Exception) -> None:
+    trader = on.trader()
+    on.script.do["recent_orders"] = raising(error)
+    on.script.do["place_order"] = accepting(on.script, LOST)
+    unknown(trader.place(LIMIT_ORDER, key="k"))
+    before = len(on.script.calls("recent_orders"))
+    on.script.arrived("recent_orders", before + 2)
+    unknown(trader.state(key="k"))
+    del on.script.do["recent_orders"]
+    until(lambda: trader.state(key="k"), "")
+
+
+def test_a_call_still_running_is_never_given_up(tmp_path: Path) -> None:
+    """Its answer is late, the listings of a fresh connection lack the order: it may still come."""
+    with stage(tmp_path) as on:
+        on.ready()
+        trader = on.trader()
+        with on.script.hold("place_order"):
+            unknown(trader.place(LIMIT_ORDER, key="k", timeout=1))
+            before = len(on.script.calls("recent_orders"))
+            on.script.arrived("recent_orders", before + 4)  # on the lane that replaced it
+            unknown(trader.state(key="k"))
+            unknown(trader.place(LIMIT_ORDER, key="k", timeout=1))
+        answer = until(lambda: trader.state(key="k"), "")
+        assert answer["order"]["orderId"] == "69788888"
+        assert len(on.script.calls("place_order")) == 1
+
+
+def test_found_while_the_call_still_runs(on: Stage) -> None:
+    trader = on.trader()
+    stuck = threading.Event()
+    on.script.do["place_order"] = accepting(on.script, lambda **_: stuck.wait(30))
+    try:
+        unknown(trader.place(LIMIT_ORDER, key="k", timeout=1))
+        assert until(lambda: trader.state(key="k"), "")["order"]["orderId"] == "69788888"
+        again = trader.place(LIMIT_ORDER, key="k")
+        assert again.replayed and again["orderId"] == "69788888"
+    finally:
+        stuck.set()
+
+
+class TwoLines(ScriptedBroker):
+    connections = {
+        "trade": tuple(set(OPERATIONS) - {"recent_orders"}),
+        "list": ("recent_orders",),
+    }
+
+
+def test_a_listing_beside_a_running_call(tmp_path: Path) -> None:
+    with stage(tmp_path, kind=TwoLines, hard_limit=30.0) as on:
+        on.ready()
+        trader = on.trader()
+        with on.script.hold("place_order"):
+            unknown(trader.place(LIMIT_ORDER, key="k", timeout=1))
+            before = len(on.script.calls("recent_orders"))
+            on.script.arrived("recent_orders", before + 4)
+            unknown(trader.state(key="k"))
+        assert until(lambda: trader.state(key="k"), "")["order"]["orderId"] == "69788888"
+
+
+def test_a_listing_that_began_before_the_order_proves_nothing(tmp_path: Path) -> None:
+    with stage(tmp_path, kind=TwoLines, hard_limit=30.0) as on:
+        on.ready()
+        trader = on.trader()
+        empty: list[OrderReport] = []
+        gate = threading.Event()
+        on.script.do["recent_orders"] = lambda **_: (gate.wait(20), empty)[1]
+        with ThreadPoolExecutor(2) as pool:
+            lists = [pool.submit(on.trader().orders) for _ in range(2)]
+            on.script.arrived("recent_orders")
+            on.script.do["place_order"] = accepting(on.script, LOST)
+            unknown(trader.place(LIMIT_ORDER, key="k"))
+            gate.set()
+            assert all(one.result(20).ok for one in lists)
+        unknown(trader.state(key="k"))
+        del on.script.do["recent_orders"]
+        until(lambda: trader.state(key="k"), "")
+
+
+# --- marks --------------------------------------------------------------------------------------
+def test_an_order_like_it_without_a_mark_keeps_it_unknown(on: Stage) -> None:
+    """A broker that drops the tag: the listing may or may not have the order. Nobody guesses."""
+    trader = on.trader()
+
+    def unmarked(**arguments: Any) -> str:
+        arguments["mark"] = ""
+        on.script.usual("place_order", arguments)
+        raise OutcomeUnknown("The line was cut.")
+
+    on.script.do["place_order"] = unmarked
+    unknown(trader.place(LIMIT_ORDER, key="k"))
+    before = len(on.script.calls("recent_orders"))
+    on.script.arrived("recent_orders", before + 4)
+    unknown(trader.state(key="k"))
+    unknown(trader.place(LIMIT_ORDER, key="k", timeout=1))
+    assert len(on.script.calls("place_order")) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"contract": Contract(TradeType.Securities, "MSFT", "US")},
+        {"direction": "SELL"},
+        {"order": Order("77", "USD", 13)},
+        {"mark": "somebody else's"},
+        {"order_type": OrderType.Market},
+    ],
+)
+def test_a_persons_own_order_beside_it_is_no_hindrance(on: Stage, changes: dict[str, Any]) -> None:
+    trader = on.trader()
+    by_hand = OrderReport(Order("77", "USD", 12), contract=AAPL, direction="BUY")
+    on.script.orders.append(replace(by_hand, **changes))
+    on.script.do["place_order"] = LOST
+    unknown(trader.place(LIMIT_ORDER, key="k"))
+    until(lambda: trader.state(key="k"), "ORDER_NOT_FOUND")
+
+
+def test_an_earlier_order_of_the_same_content_is_no_hindrance(on: Stage) -> None:
+    trader = on.trader()
+    on.script.orders.append(OrderReport(Order("77", "USD", 12), contract=AAPL, direction="BUY"))
+    assert [row["orderId"] for row in trader.orders()["orders"]] == ["77"]
+    on.script.do["place_order"] = LOST
+    unknown(trader.place(LIMIT_ORDER, key="k"))
+    until(lambda: trader.state(key="k"), "ORDER_NOT_FOUND")
+
+
+def test_a_push_settles(on: Stage) -> None:
+    """Before the answer, without a listing."""
+    trader = on.trader()
+    on.script.do["recent_orders"] = raising(TimedOut("Slow."))
+    pushed: list[OrderReport] = []
+
+    def push(**_: Any) -> Any:
+        pushed.append(on.script.orders[-1])
+        on.script.brokers[-1].report(pushed[-1])
+        raise OutcomeUnknown("The line was cut.")
+
+    on.script.do["place_order"] = accepting(on.script, push)
+    unknown(trader.place(LIMIT_ORDER, key="k"))
+    answer = until(lambda: trader.state(key="k"), "")
+    assert answer["order"]["orderId"] == pushed[0].order.order_id
+
+
+class NoListing(ScriptedBroker):
+    recent_orders = BaseBroker.recent_orders  # type: ignore[assignment]
+
+
+def test_without_a_listing_it_stays_unknown(tmp_path: Path) -> None:
+    with stage(tmp_path, kind=NoListing) as on:
+        trader = on.trader()
+        until(trader.cash, "")
+        on.script.do["place_order"] = accepting(on.script, LOST)
+        unknown(trader.place(LIMIT_ORDER, key="k"))
+        again = trader.place(LIMIT_ORDER, key="k", timeout=20)
+        unknown(again)
+        assert again.seconds < 10, "there is nothing to wait for"
+        on.script.brokers[-1].report(on.script.orders[0])
+        until(lambda: trader.state(key="k"), "")
+        assert len(on.script.calls("place_order")) == 1
+
+
+# --- restarts -----------------------------------------------------------------------------------
+def test_rows_of_an_earlier_life(tmp_path: Path) -> None:
+    """What a crash leaves, whatever line it struck at."""
+    with closing(Journal(f"sqlite:///{tmp_path / 'journal.sqlite'}")) as journal:
+        rows = {
+            key: journal.begin(INSTANCE, key, 1, REQUEST).result(10)[0]
+            for key in ("arrived", "lost", "unknown", "placed", "refused", "never")
+        }
+        journal.unknown(rows["unknown"])
+        journal.placed(rows["placed"], "3")
+        journal.refused(rows["refused"], "No buying power.")
+        journal.not_placed(rows["never"], "Busy.")
+        marks = {key: journal.mark(INSTANCE, key, 1) for key in rows}
+
+    def remember(script: Script) -> None:
+        script.orders += [
+            OrderReport(Order(order_id, "USD", 12), mark=marks[key], contract=AAPL)
+            for order_id, key in (("1", "arrived"), ("2", "unknown"), ("3", "placed"))
+        ]
+
+    with stage(tmp_path, before=remember) as on:
+        trader = on.trader()
+        for key, order_id in (("arrived", "1"), ("unknown", "2"), ("placed", "3")):
+            answer = until(lambda key=key: trader.state(key=key), "")  # type: ignore[misc]
+            assert answer["order"]["orderId"] == order_id
+            again = trader.place(LIMIT_ORDER, key=key)
+            assert again.replayed and again["orderId"] == order_id
+        until(lambda: trader.state(key="lost"), "ORDER_NOT_FOUND")
+        assert on.script.calls("place_order") == []
+        refused = trader.place(LIMIT_ORDER, key="refused")
+        assert refused.replayed and refused.body["ex"] == "No buying power."
+        for key in ("lost", "never"):
+            assert not trader.place(LIMIT_ORDER, key=key).replayed
+        assert len(on.script.calls("place_order")) == 2
+        assert trader.get("instance/state").ok
+
+
+def test_a_stop_while_an_order_is_being_sent(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        with stage(tmp_path, hard_limit=30.0) as on:
+            on.ready()
+            gate = threading.Event()
+            on.script.do["place_order"] = accepting(on.script, lambda **_: gate.wait(20))
+            sending = pool.submit(on.trader().place, LIMIT_ORDER, key="sent", timeout=30)
+            on.script.arrived("place_order")
+            queued = pool.submit(on.trader().place, LIMIT_ORDER, key="queued", timeout=30)
+            instance = on.gateway.instance(INSTANCE)
+            wait_for(lambda: instance.workers["trade"].queued() or None, "the second to queue")
+            on.gateway.drain()
+            busy = queued.result(20)
+            assert (busy.status, busy.code, busy.error["outcome"]) == (503, "BUSY", "none")
+            unknown(sending.result(20), "sent")
+            gate.set()
+            there = list(on.script.orders)
+
+    def remember(script: Script) -> None:
+        script.orders += there
+
+    with stage(tmp_path, before=remember) as on:
+        trader = on.trader()
+        assert until(lambda: trader.state(key="sent"), "")["order"]["orderId"] == "69788888"
+        assert not trader.place(LIMIT_ORDER, key="queued").replayed
+
+
+def test_a_stop_does_not_wait_for_a_settlement(tmp_path: Path) -> None:
+    with stage(tmp_path) as on, ThreadPoolExecutor(1) as pool:
+        on.ready()
+        on.script.do["recent_orders"] = raising(TimedOut("Slow."))
+        on.script.do["place_order"] = LOST
+        unknown(on.trader().place(LIMIT_ORDER, key="k"))
+        waiting = pool.submit(on.trader().place, LIMIT_ORDER, key="k", timeout=30)
+        on.script.arrived("recent_orders", 3)
+        on.gateway.drain()
+        unknown(waiting.result(15))
+
+
+def test_a_stuck_order_keeps_its_instance(tmp_path: Path) -> None:
+    """Whoever came next would conclude that the order is not there, and the call still runs."""
+    with stage(tmp_path) as on:
+        on.ready()
+        gate = threading.Event()
+        on.script.do["place_order"] = accepting(on.script, lambda **_: gate.wait(60))
+        unknown(on.trader().place(LIMIT_ORDER, key="k", timeout=1))
+        on.gateway.close(0.2)
+        with stage(tmp_path) as other:
+            answer = other.trader().place(LIMIT_ORDER, key="k")
+            assert (answer.status, answer.code) == (503, "BROKER_UNAVAILABLE"), answer
+            assert other.script.received == []
+        gate.set()
+
+
+def test_a_broker_that_is_down_is_not_asked_without_pause(on: Stage) -> None:
+    on.script.do["place_order"] = LOST
+    unknown(on.trader().place(LIMIT_ORDER, key="k"))
+    instance = on.gateway.instance(INSTANCE)
+    asked: list[float] = []
+    list_recent = instance.list_recent
+
+    def counted(deadline: float) -> Any:
+        asked.append(time.monotonic())
+        return list_recent(deadline)
+
+    instance.list_recent = counted
+    on.script.do["connect"] = raising(BrokerUnavailable("Down."))
+    on.script.brokers[-1].lost("The line was cut")
+    wait_for(lambda: len(asked) >= 3 or None, "settlement to try again")
+    assert asked[-1] - asked[0] >= 1.0
+    del on.script.do["connect"]
+    trader = on.trader()
+    until(lambda: trader.state(key="k"), "ORDER_NOT_FOUND")
+
+
+def test_what_happened_while_away_is_looked_up(on: Stage) -> None:
+    """Fills of an order that the listing does not show any more are asked for after a reconnect."""
+    trader = on.trader()
+    order_id = trader.placed(LIMIT_ORDER)
+    filled = replace(on.script.orders[0], order=Order(order_id, "USD", 12, 12, 200.5))
+    on.script.do["recent_orders"] = lambda **_: []
+    on.script.do["order"] = lambda **_: filled
+    on.script.brokers[-1].restored()
+
+    def closed() -> Any:
+        return trader.orders(status="closed")["orders"] or None
+
+    (node,) = wait_for(closed, "the order to be known as filled")
+    assert (node["orderId"], node["filledQty"], node["isFilled"]) == (order_id, 12, True)
+
+
+# --- a memory longer than the broker's ----------------------------------------------------------
+def test_orders_stay_when_the_broker_has_forgotten_them(tmp_path: Path) -> None:
+    now = datetime.now(UTC)
+    with stage(tmp_path) as on:
+        on.ready()
+        trader = on.trader()
+        ids = [trader.placed({**LIMIT_ORDER, "qty": qty}, key=f"k{qty}") for qty in (1, 2, 3)]
+        done = replace(on.script.orders[0], order=Order(ids[0], "USD", 1, 1, 200))
+        on.script.brokers[-1].report(done)
+        fill = Fill("f1", ids[0], 1, 200, now)
+        on.script.brokers[-1].report_fills(fill)
+        wait_for(lambda: trader.order(ids[0])["isFilled"] or None, "the push to be recorded")
+        wait_for(lambda: trader.fills(ids[0])["fills"] or None, "the fill to be recorded")
+    with stage(tmp_path) as on:  # and the new broker knows nothing
+        on.ready()
+        trader = on.trader()
+        for name in ({"order_id": ids[0]}, {"key": "k1"}):
+            node = trader.order(**name)
+            assert (node["filledQty"], node["avgPrice"], node["isFilled"]) == (1, 200, True)
+        assert [one["qty"] for one in trader.fills(ids[0])["fills"]] == [1]
+        nodes = trader.orders()["orders"]
+        assert [node["orderId"] for node in nodes] == ids[::-1]
+        assert nodes[0]["clientOrderId"] == "k3" and nodes[0]["price"] == Decimal("200.01")
+        assert [node["orderId"] for node in trader.orders(status="open")["orders"]] == ids[:0:-1]
+        assert [node["orderId"] for node in trader.orders(status="closed")["orders"]] == ids[:1]
+        assert len(trader.orders(limit=1)["orders"]) == 1
+        later = (now + timedelta(hours=1)).isoformat()
+        assert trader.orders(since=later)["orders"] == []
+        assert trader.cancel(ids[0]).code == "BROKER_REJECTED"
+        nobody = trader.state("nobody-knows-it")
+        assert (nobody.status, nobody.code) == (404, "ORDER_NOT_FOUND")
+        assert trader.fills("nobody-knows-it").code == "ORDER_NOT_FOUND"
+
+
+def test_nothing_goes_backwards(on: Stage) -> None:
+    trader = on.trader()
+    order_id = trader.placed(LIMIT_ORDER)
+    on.script.do["order"] = lambda **_: Order(order_id, "USD", 12, 8, 200.5)
+    assert trader.order(order_id)["filledQty"] == 8
+    for stale in (
+        Order(order_id, "USD", 12, 3, 200.1, is_pending_cancel=True),
+        Order(order_id, "USD", 12, 8, 0),
+        Order(order_id, "USD", 12),
+    ):
+        on.script.do["order"] = lambda stale=stale, **_: stale
+        node = trader.order(order_id)
+        assert (node["filledQty"], node["avgPrice"]) == (8, Decimal("200.5"))
+    on.script.do["order"] = lambda **_: Order(order_id, "USD", 12, 8, 200.5, is_canceled=True)
+    assert trader.order(order_id)["isCanceled"] is True
+    on.script.do["order"] = lambda **_: Order(order_id, "USD", 12, 8, 200.5)
+    node = trader.order(order_id)
+    assert (node["isCanceled"], node["isCompleted"]) == (True, True)
+
+
+def test_orders_of_others_are_listed_too(on: Stage) -> None:
+    trader = on.trader()
+    mine = trader.placed(LIMIT_ORDER, key="mine")
+    on.script.orders.append(
+        OrderReport(
+            Order("by-hand", "HKD", 100), contract=Contract(TradeType.Securities, "00700", "HK")
+        )
+    )
+    nodes = {node["orderId"]: node for node in trader.orders()["orders"]}
+    assert set(nodes) == {mine, "by-hand"}
+    assert nodes["by-hand"]["clientOrderId"] is None and nodes[mine]["clientOrderId"] == "mine"
+
+
+# --- stop switches ------------------------------------------------------------------------------
+def test_cancel_all(on: Stage) -> None:
+    trader = on.trader()
+    ids = [trader.placed({**LIMIT_ORDER, "qty": qty}) for qty in (1, 2, 3)]
+    lost = accepting(on.script, LOST)
+    on.script.do["recent_orders"] = raising(TimedOut("Slow."))
+    on.script.do["place_order"] = lost
+    unknown(trader.place(LIMIT_ORDER, key="k"))
+    del on.script.do["recent_orders"]
+    hidden = on.script.orders[-1].order.order_id  # found by the listing that comes first
+    done = replace(on.script.orders[0], order=Order(ids[0], "USD", 1, 1, 200))
+    on.script.orders[0] = done
+    canceled: list[str] = []
+
+    def cancel(order_id: str) -> None:
+        if order_id == ids[2]:
+            raise Rejected("Too late.")
+        canceled.append(order_id)
+
+    on.script.do["cancel_order"] = cancel
+    nodes = {node["orderId"]: node for node in trader.post("order/cancel-all", {})["orders"]}
+    assert set(nodes) == {ids[1], ids[2], hidden}
+    assert sorted(canceled) == sorted([ids[1], hidden])
+    assert nodes[ids[1]]["requested"] is True and nodes[ids[1]]["ex"] is None
+    assert nodes[ids[2]]["requested"] is False and nodes[ids[2]]["ex"] == "Too late."
+
+
+def test_read_only(tmp_path: Path) -> None:
+    with stage(tmp_path, read_only=True) as on:
+        on.ready()
+        trader = on.trader()
+        for answer in (
+            trader.place(LIMIT_ORDER, key="k"),
+            trader.cancel("1"),
+            trader.post("order/cancel-all", {}),
+        ):
+            assert (answer.status, answer.code) == (422, "UNSUPPORTED"), answer
+            assert "read_only" in answer.body["ex"] and answer.error["outcome"] == "none"
+        assert trader.state(key="k").code == "ORDER_NOT_FOUND"
+        assert on.script.calls("place_order") + on.script.calls("cancel_order") == []
+        assert trader.cash().ok and trader.orders().ok
+
+
+def test_max_order_value(tmp_path: Path) -> None:
+    limits = {"USD": Decimal("1000.00"), "*": Decimal("50")}
+    with stage(tmp_path, max_order_value=limits) as on:
+        on.ready()
+        trader = on.trader()
+        too_much = trader.place({**LIMIT_ORDER, "price": 100, "qty": 11}, key="k")
+        assert (too_much.status, too_much.code) == (422, "UNSUPPORTED")
+        assert "1100 USD" in too_much.body["ex"] and "1000" in too_much.body["ex"]
+        assert trader.state(key="k").code == "ORDER_NOT_FOUND", "nothing was journaled"
+        assert trader.place({**LIMIT_ORDER, "price": 100, "qty": 10}, key="k").ok
+        hong_kong = {**LIMIT_ORDER, "region": "HK", "ticker": "700", "price": 1, "qty": 51}
+        assert trader.place(hong_kong).code == "UNSUPPORTED"
+        market = {**LIMIT_ORDER, "orderType": "Market", "qty": 87}  # the quote is 11.53
+        del market["price"]
+        assert trader.place(market).code == "UNSUPPORTED"
+        assert trader.place({**market, "qty": 86}).ok
+        on.script.do["quote"] = raising(OrderNotFound("no quote"))
+        unpriced = trader.place({**market, "qty": 1, "ticker": "MSFT"})
+        assert unpriced.code == "UNSUPPORTED" and "limit order" in unpriced.body["ex"]
+
+
+# --- a disk that takes nothing more -------------------------------------------------------------
+FULL_DISK = """
+import resource, signal, sys, time
+from pathlib import Path
+from acceptance.kit import wait_for
+from httptrading.errors import OutcomeUnknown
+from httptrading.model import Fill
+from simulators.scripted import LIMIT_ORDER, stage
+from datetime import UTC, datetime
+
+folder = Path(sys.argv[1])
+everything = resource.getrlimit(resource.RLIMIT_FSIZE)
+def full(limit=0):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, everything[1]))
+def free():
+    resource.setrlimit(resource.RLIMIT_FSIZE, everything)
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with stage(folder) as on:
+    on.ready()
+    trader = on.trader()
+    first = trader.place(LIMIT_ORDER, key="first")
+    assert first.ok, first
+
+    full()
+    for _ in range(3):
+        refused = trader.place(LIMIT_ORDER, key="k")
+        assert (refused.status, refused.code) == (503, "BUSY"), refused
+        assert refused.error["outcome"] == "none" and "journal" in refused.body["ex"], refused
+        assert "Retry-After" in refused.headers
+    assert len(on.script.calls("place_order")) == 1, "nothing is sent unrecorded"
+    # Reads, cancels and replays go on, with what the broker says now.
+    on.script.do["order"] = lambda **_: moved
+    moved = on.script.orders[0].order.__class__(first["orderId"], "USD", 12, 5, 200)
+    assert trader.order(first["orderId"])["filledQty"] == 5
+    on.script.orders[0] = on.script.orders[0].__class__(moved, on.script.orders[0].mark)
+    (node,) = trader.orders()["orders"]
+    assert (node["filledQty"], node["clientOrderId"]) == (5, "first"), node
+    on.script.do["fills"] = lambda **_: [Fill("f", first["orderId"], 5, 200, datetime.now(UTC))]
+    assert len(trader.fills(first["orderId"])["fills"]) == 1
+    assert trader.cash().ok and trader.positions().ok and trader.ping().ok
+    assert trader.place(LIMIT_ORDER, key="first").replayed
+    assert trader.cancel(first["orderId"]).ok
+    on.script.brokers[-1].report(on.script.orders[0])  # waits for the disk
+
+    free()
+    again = trader.place(LIMIT_ORDER, key="k")
+    assert again.ok and not again.replayed, again
+
+    # The disk fills up while an order is with the broker.
+    def fill_up(**arguments):
+        found = on.script.usual("place_order", arguments)
+        full()
+        return found
+    on.script.do["place_order"] = fill_up
+    placed = trader.place(LIMIT_ORDER, key="during")
+    assert placed.ok, placed
+    doubt = trader.place(LIMIT_ORDER, key="during", timeout=1)
+    assert doubt.code in ("OUTCOME_UNKNOWN", "") and doubt.body.get("orderId") in (
+        None, placed["orderId"]), doubt
+    on.script.do["recent_orders"] = lambda **_: 1 / 0  # not by looking, but by remembering
+    free()
+    replay = wait_for(
+        lambda: (lambda a: a if a.ok else None)(trader.place(LIMIT_ORDER, key="during", timeout=1)),
+        "the outcome to be written",
+    )
+    assert replay.replayed and replay["orderId"] == placed["orderId"]
+    assert len(on.script.calls("place_order")) == 3
+    del on.script.do["recent_orders"]
+    found = on.script.orders[0]
+
+full()
+with stage(folder) as on:  # a start on a full disk
+    trader = on.trader()
+    wait_for(lambda: trader.cash().ok, "the broker")
+    on.script.orders.append(found)
+    assert trader.order(first["orderId"])["qty"] == 12
+    refused = trader.place(LIMIT_ORDER, key="start")
+    assert (refused.status, refused.code) == (503, "BUSY"), refused
+    assert on.script.calls("place_order") == []
+    free()
+    assert trader.place(LIMIT_ORDER, key="start").ok
+    assert trader.order(key="first")["orderId"] == first["orderId"]
+print("as it should be")
+"""
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """In a process of its own: the limit on the size of files holds for the whole process."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)],
+        env={"PYTHONPATH": str(Path(__file__).parent), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and "as it should be" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_disk_that_hangs(on: Stage) -> None:
+    """The request ends by its deadline, nothing is sent, and what is written late is settled."""
+    trader: Trader = on.trader()
+    commits = on.gateway._journal._commits
+    gate = threading.Event()
+    commits.post(lambda connection: gate.wait(30))
+    began = time.monotonic()
+    answer = trader.place(LIMIT_ORDER, key="k", timeout=1)
+    assert answer.code in ("BUSY", "TIMEOUT") and answer.error["outcome"] == "none", answer
+    assert time.monotonic() - began < 10
+    assert trader.cash().ok
+    gate.set()
+    assert on.script.calls("place_order") == []
+    until(lambda: trader.place(LIMIT_ORDER, key="k"), "")
+    assert len(on.script.calls("place_order")) == 1
