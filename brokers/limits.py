@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -92,33 +92,51 @@ class Windows:
 
     def admit(self, costs: Iterable[str], *, cancel: bool, patience: float) -> None:
         """Queues a call; RateLimited when its slots come free only after `patience` seconds."""
-        slots = [self._slots[name] for name in costs]
+        wanted = self._wanted(costs)
         with self._lock:
             wait = max(
                 (
-                    slot.wait(slot.queued_cancels if cancel else slot.queued, cancel=cancel)
-                    for slot in slots
+                    slot.wait(
+                        (slot.queued_cancels if cancel else slot.queued) + number - 1,
+                        cancel=cancel,
+                    )
+                    for slot, number in wanted
                 ),
                 default=0.0,
             )
             if wait > patience:
                 raise _too_often(wait)
-            for slot in slots:
-                slot.queued += 1
-                slot.queued_cancels += cancel
+            for slot, number in wanted:
+                slot.queued += number
+                slot.queued_cancels += number * cancel
 
     def begin(self, costs: Iterable[str], *, cancel: bool) -> float:
         """Takes the slots of a queued call; 0 when it may run now, else the seconds to wait."""
-        slots = [self._slots[name] for name in costs]
+        wanted = self._wanted(costs)
         with self._lock:
-            wait = max((slot.wait(0, cancel=cancel) for slot in slots), default=0.0)
+            # The gap between two calls of one operation is that operation's own affair.
+            wait = max(
+                (
+                    max(
+                        slot.wait(0, cancel=cancel),
+                        slot.wait(number - 1, cancel=cancel, gaps=False),
+                    )
+                    for slot, number in wanted
+                ),
+                default=0.0,
+            )
             if wait > 0:
                 return wait
-            for slot in slots:
-                slot.queued -= 1
-                slot.queued_cancels -= cancel
-                slot.begin()
+            for slot, number in wanted:
+                slot.queued -= number
+                slot.queued_cancels -= number * cancel
+                for _ in range(number):
+                    slot.begin()
             return 0.0
+
+    def _wanted(self, costs: Iterable[str]) -> list[tuple[_Slots, int]]:
+        """Each window with the number of slots that a call takes in it."""
+        return [(self._slots[name], number) for name, number in Counter(costs).items()]
 
     def withdraw(self, costs: Iterable[str], *, cancel: bool) -> None:
         """A queued call will never run."""
@@ -134,7 +152,8 @@ class Windows:
                 self._slots[name].end()
 
     def take(self, name: str) -> None:
-        """A slot for one call outside the queue; RateLimited when there is none right now.
+        """Begins one call outside the queue, to be ended like any; RateLimited when there is no
+        slot right now.
 
         The running operation that makes the call may hold a slot of the same window itself, so the
         gap between the two is its own affair.
@@ -145,7 +164,6 @@ class Windows:
             if wait > 0:
                 raise _too_often(wait)
             slot.begin()
-            slot.end()
 
     def remember(self, costs: Iterable[str], ages: Iterable[float]) -> None:
         """Calls of an earlier life of this process, so many seconds ago, still count."""

@@ -618,7 +618,14 @@ class _LaneLink:
             self._worker._listener.on_connected(self._worker)
 
     def take(self, window: str) -> None:
-        self._worker._windows.take(window)
+        """The slot is given back with those of the running call, which ends later than the call
+        that it is for; outside of one, at once."""
+        windows, call = self._worker._windows, self._lane.current
+        windows.take(window)
+        if call is None:
+            windows.end((window,))
+        else:
+            call.costs = (*call.costs, window)
 
     def quote_of(self, instance_id: str, contract: Contract) -> Quote:
         return self._worker._listener.quote_of(instance_id, contract)

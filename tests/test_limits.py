@@ -224,11 +224,25 @@ def test_a_slot_beside_the_queue() -> None:
     clock = with_clock()
     windows = Windows({"w": Window(2, 10.0, kept=1)})
     windows.take("w")
+    windows.end(["w"])
     with pytest.raises(RateLimited) as refused:
         windows.take("w")
     assert refused.value.retry_after == pytest.approx(10.0)
     clock.now += 10.0
     windows.take("w")
+
+
+def test_two_slots_of_one_window() -> None:
+    clock = with_clock()
+    windows = Windows({"w": Window(3, 10.0)})
+    twice = ["w", "w"]
+    windows.admit(twice, cancel=False, patience=0.0)
+    assert windows.begin(twice, cancel=False) == 0.0
+    windows.end(twice)
+    windows.admit(twice, cancel=False, patience=10.0)
+    assert windows.begin(twice, cancel=False) == pytest.approx(10.0)
+    clock.now += 10.0
+    assert windows.begin(twice, cancel=False) == 0.0
 
 
 def test_a_call_in_several_windows_waits_for_all() -> None:
