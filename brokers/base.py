@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 from httptrading.brokers.registry import broker_meta
 from httptrading.errors import BrokerUnavailable, Unsupported
@@ -31,6 +31,8 @@ from httptrading.model import (
 )
 
 _Result = TypeVar("_Result")
+Answer: TypeAlias = _Result | Awaitable[_Result]
+"""What an operation returns: plain `def` or `async def`, as the broker likes."""
 
 READS = (
     "ping",
@@ -118,7 +120,7 @@ class BaseBroker:
     that a stuck quote never delays a cancel. The copy of the broker reads its own name in
     `self.connection`."""
 
-    isolation: ClassVar[str] = "thread"
+    isolation: str = "thread"
     """Where the workers run unless configured otherwise: "thread" or "process" (for SDKs that hold
     the GIL or whose dependencies conflict)."""
 
@@ -137,7 +139,7 @@ class BaseBroker:
     listing_delay: ClassVar[float] = 2.0
     """Seconds after which an accepted order is sure to show in `recent_orders()`."""
 
-    combinations: ClassVar[frozenset[Combination] | None] = None
+    combinations: frozenset[Combination] | None = None
     """The kinds of orders this broker takes; None: whatever it is given."""
 
     quote_regions: ClassVar[frozenset[str] | None] = None
@@ -208,7 +210,7 @@ class BaseBroker:
             )
 
     # --- the connection ---------------------------------------------------------------------
-    def connect(self) -> Awaitable[None] | None:
+    def connect(self) -> Answer[None]:
         """Imports the SDK and connects; the only place that does.
 
         Raises BrokerUnavailable with a sentence of what is wrong and what to do; the worker tries
@@ -216,7 +218,7 @@ class BaseBroker:
         """
         return None
 
-    def close(self) -> Awaitable[None] | None:
+    def close(self) -> Answer[None]:
         """Ends everything that `connect()` began; called in the worker's thread, also after a
         failed `connect()`."""
         return None
@@ -225,7 +227,7 @@ class BaseBroker:
         """Makes a stuck call end by closing its sockets; from another thread, never waits."""
 
     # --- the eight operations ---------------------------------------------------------------
-    async def place_order(
+    def place_order(
         self,
         contract: Contract,
         order_type: OrderType,
@@ -235,7 +237,7 @@ class BaseBroker:
         qty: int,
         price: float | None = None,
         **kwargs: Any,
-    ) -> str:
+    ) -> Answer[str]:
         """Sends one order and returns the broker's order id.
 
         `price` is None for market orders; its shortest text is exactly what the client typed.
@@ -246,40 +248,40 @@ class BaseBroker:
         """
         raise NotImplementedError
 
-    async def cancel_order(self, order_id: str) -> None:
+    def cancel_order(self, order_id: str) -> Answer[None]:
         """Asks for a cancellation; same errors as `place_order`, and OrderNotFound."""
         raise NotImplementedError
 
-    async def order(self, order_id: str) -> Order | OrderReport:
+    def order(self, order_id: str) -> Answer[Order | OrderReport]:
         """One order; OrderNotFound when the broker does not know it (any more)."""
         raise NotImplementedError
 
-    async def positions(self) -> list[Position]:
+    def positions(self) -> Answer[list[Position]]:
         raise NotImplementedError
 
-    async def cash(self) -> Cash:
+    def cash(self) -> Answer[Cash]:
         """An adapter that knows several currencies takes `currency: str = "USD"`."""
         raise NotImplementedError
 
-    async def ping(self) -> bool:
+    def ping(self) -> Answer[bool]:
         return True
 
-    async def quote(self, contract: Contract) -> Quote:
+    def quote(self, contract: Contract) -> Answer[Quote]:
         raise NotImplementedError
 
-    async def market_status(self) -> Mapping[Any, Mapping[str, MarketStatus]]:
+    def market_status(self) -> Answer[Mapping[Any, Mapping[str, MarketStatus]]]:
         """`{"securities": {"US": MarketStatus(…), …}}`; `TradeType.Securities` is a key as well."""
         raise NotImplementedError
 
     # --- what settlement and lists need -----------------------------------------------------
-    async def recent_orders(self) -> list[OrderReport]:
+    def recent_orders(self) -> Answer[list[OrderReport]]:
         """All open orders, and all that changed today (as far back as the broker tells cheaply).
 
         One complete listing or an exception: an order that is missing here counts as not placed.
         """
         raise NotImplementedError
 
-    async def fills(self, order_id: str) -> list[Fill]:
+    def fills(self, order_id: str) -> Answer[list[Fill]]:
         raise NotImplementedError
 
     # --- for use by subclasses --------------------------------------------------------------

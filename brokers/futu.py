@@ -17,7 +17,7 @@ from decimal import Decimal
 from typing import Any, ClassVar
 
 from httptrading.brokers import futu_sdk
-from httptrading.brokers.base import BaseBroker, Combination, Window
+from httptrading.brokers.base import BaseBroker, Window
 from httptrading.brokers.futu_vocabulary import (
     CASH_FIELDS,
     MARKET_OF_CURRENCY,
@@ -125,21 +125,15 @@ class Futu(BaseBroker):
     ) -> None:
         super().__init__(broker_args, instance_id, tokens)
         self._given = parse_arguments(self.broker_args)
+        self.combinations = REAL if self._given.trade_env == "REAL" else SIMULATE
+        # The SDK's key and its table of connection ids are process-wide: an encrypted instance
+        # would break a plain one beside it (common/utils.py:929, common/conn_mng.py).
+        self.isolation = "process" if self._given.pk_path else "thread"
         self._life = secrets.token_hex(8)  # of this prototype: its copies have the same
         self._context: Any = None
         self._accounts: list[Account] = []
         self._account_of: dict[str, Account] = {}  # order id → account
         self._refreshed: set[str] = set()  # windows; of this connection
-
-    @property
-    def isolation(self) -> str:  # type: ignore[override]
-        """The SDK's key and its table of connection ids are process-wide: an encrypted instance
-        would break a plain one beside it (common/utils.py:929, common/conn_mng.py)."""
-        return "process" if self._given.pk_path else "thread"
-
-    @property
-    def combinations(self) -> frozenset[Combination]:  # type: ignore[override]
-        return REAL if self._given.trade_env == "REAL" else SIMULATE
 
     def account_key(self) -> str:
         given = self._given
@@ -225,7 +219,7 @@ class Futu(BaseBroker):
     abort = close
 
     # --- orders -------------------------------------------------------------------------------
-    def place_order(  # type: ignore[override]
+    def place_order(
         self,
         contract: Contract,
         order_type: OrderType,
@@ -260,7 +254,7 @@ class Futu(BaseBroker):
         self._account_of[order_id] = account
         return order_id
 
-    def cancel_order(self, order_id: str) -> None:  # type: ignore[override]
+    def cancel_order(self, order_id: str) -> None:
         account = self._account_of.get(order_id)
         if account is None:
             account = self._accounts[0] if len(self._accounts) == 1 else self._find(order_id)[1]
@@ -280,10 +274,10 @@ class Futu(BaseBroker):
                 raise Rejected(f"The order is finished already: {refused.text}") from None
             raise
 
-    def order(self, order_id: str) -> OrderReport:  # type: ignore[override]
+    def order(self, order_id: str) -> OrderReport:
         return self._find(order_id)[0]
 
-    def recent_orders(self) -> list[OrderReport]:  # type: ignore[override]
+    def recent_orders(self) -> list[OrderReport]:
         """Open and today's orders from the server, and since yesterday what is finished: an order
         done right before midnight is no longer in the list of today's."""
         found: dict[str, OrderReport] = {}
@@ -296,7 +290,7 @@ class Futu(BaseBroker):
                     found[report.order.order_id] = report
         return list(found.values())
 
-    def fills(self, order_id: str) -> list[Fill]:  # type: ignore[override]
+    def fills(self, order_id: str) -> list[Fill]:
         if self._given.trade_env == "SIMULATE":
             raise Unsupported("Paper accounts at Futu have no list of fills")  # qa/trade.html Q1
         report, account = self._find(order_id)
@@ -334,7 +328,7 @@ class Futu(BaseBroker):
         return report
 
     # --- money and holdings -------------------------------------------------------------------
-    def cash(self, currency: str = "USD") -> Cash:  # type: ignore[override]
+    def cash(self, currency: str = "USD") -> Cash:
         if currency not in CASH_FIELDS:
             known = ", ".join(CASH_FIELDS)
             raise Unsupported(f"{self.broker_display} does not tell cash in {currency}: {known}")
@@ -355,7 +349,7 @@ class Futu(BaseBroker):
             )
         return Cash(currency, amount)
 
-    def positions(self) -> list[Position]:  # type: ignore[override]
+    def positions(self) -> list[Position]:
         found = [
             parse_position(row, self.broker_name, self.broker_display)
             for account in self._accounts
@@ -368,17 +362,17 @@ class Futu(BaseBroker):
         return [position for position in found if position is not None]
 
     # --- market -------------------------------------------------------------------------------
-    def quote(self, contract: Contract) -> Quote:  # type: ignore[override]
+    def quote(self, contract: Contract) -> Quote:
         table = self._ask(self._context.get_market_snapshot, [to_code(contract)])
         rows = table.to_dict("records")
         if not rows or not rows[0]["update_time"]:
             raise Rejected(f"{self.broker_display} has no quote for {to_code(contract)}")
         return parse_quote(rows[0], contract)
 
-    def market_status(self) -> dict[str, dict[str, MarketStatus]]:  # type: ignore[override]
+    def market_status(self) -> dict[str, dict[str, MarketStatus]]:
         return {"securities": parse_market_states(self._ask(self._context.get_global_state))}
 
-    def ping(self) -> bool:  # type: ignore[override]
+    def ping(self) -> bool:
         """Whether OpenD is logged in at the trade servers, not merely connected to us."""
         self._check_login()
         return True

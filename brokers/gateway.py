@@ -92,6 +92,7 @@ class Gateway:
         self._instances: dict[str, Instance] = {}
         self._locks: dict[str, InstanceLock] = {}
         self._running: set[str] = set()
+        self._foreign: dict[str, str] = {}  # instances that another process serves, and which
         self._stopping = threading.Event()
         self._journal: Journal | None = None
         self._recorder: Recorder | None = None
@@ -141,12 +142,16 @@ class Gateway:
             return True
         lock = self._locks[instance_id]
         if not lock.take():
-            log.error(
-                "instance %s… is served by process %s; this process leaves it alone",
-                instance_id[:4],
-                lock.owner(),
-            )
+            owner = lock.owner()
+            if self._foreign.get(instance_id) != owner:  # said once, not at each request
+                self._foreign[instance_id] = owner
+                log.error(
+                    "instance %s… is served by process %s; this process leaves it alone",
+                    instance_id[:4],
+                    owner,
+                )
             return False
+        self._foreign.pop(instance_id, None)
         self._instances[instance_id].start()
         self._running.add(instance_id)
         return True

@@ -115,7 +115,7 @@ class LongBridge(BaseBroker):
         "quote": ("quote", "market_status"),
         "push": (),
     }
-    isolation: ClassVar[str] = "process"
+    isolation = "process"
     sdk: ClassVar[str] = "httptrading[longbridge]"
     windows: ClassVar[Mapping[str, Window]] = {
         "trade": Window(30, 30.0, gap=GAP, kept=2),

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 from httptrading.brokers import tiger_http, tiger_push
 from httptrading.brokers import tiger_mapping as mapping
-from httptrading.brokers.base import BaseBroker, Combination, Window
+from httptrading.brokers.base import BaseBroker, Window
 from httptrading.brokers.registry import broker_register
 from httptrading.errors import (
     BrokerUnavailable,
@@ -106,15 +106,12 @@ class Tiger(BaseBroker):
             raise ValueError("Tiger's server_url must begin with https://")
         self._tiger_id = str(given["tiger_id"]).strip()
         self._account = str(given["account"]).strip()
+        self.combinations = mapping.PAPER if self.is_paper else mapping.REAL
         self._http: tiger_http.Transport | None = None
         self._trade: Any = None
         self._quotes: Any = None
         self._push: tuple[tiger_push.Address, tiger_push.Subscription] | None = None
         self._may_quote = False  # the last quote was allowed: a denial means it was taken away
-
-    @property
-    def combinations(self) -> frozenset[Combination]:  # type: ignore[override]
-        return mapping.PAPER if self.is_paper else mapping.REAL
 
     @property
     def is_paper(self) -> bool:
@@ -241,7 +238,7 @@ class Tiger(BaseBroker):
         return mapping.words(text)
 
     # --- orders -----------------------------------------------------------------------------
-    def place_order(  # type: ignore[override]
+    def place_order(
         self,
         contract: Contract,
         order_type: OrderType,
@@ -297,7 +294,7 @@ class Tiger(BaseBroker):
 
         return stock_contract(contract.ticker, CURRENCIES[contract.region])
 
-    def cancel_order(self, order_id: str) -> None:  # type: ignore[override]
+    def cancel_order(self, order_id: str) -> None:
         number_ = mapping.order_number(order_id)
         try:
             self._change(lambda: self._trade.cancel_order(self._account, id=number_))
@@ -311,14 +308,14 @@ class Tiger(BaseBroker):
                     ) from None
             raise refused from None
 
-    def order(self, order_id: str) -> OrderReport:  # type: ignore[override]
+    def order(self, order_id: str) -> OrderReport:
         wanted = mapping.order_number(order_id)
         found = self._read(lambda: self._trade.get_order(self._account, id=wanted))
         if found is None or str(found.id) != order_id:
             raise OrderNotFound("Tiger does not know the order")
         return mapping.parse_order(found)
 
-    def recent_orders(self) -> list[OrderReport]:  # type: ignore[override]
+    def recent_orders(self) -> list[OrderReport]:
         """Everything of the last LISTING_DAYS, page by page, and what is open from before."""
         since = int((datetime.now(UTC) - timedelta(days=LISTING_DAYS)).timestamp() * 1000)
         found: dict[str, OrderReport] = {}
@@ -351,7 +348,7 @@ class Tiger(BaseBroker):
             found.setdefault(str(order.id), mapping.parse_order(order))
         return list(found.values())
 
-    def fills(self, order_id: str) -> list[Fill]:  # type: ignore[override]
+    def fills(self, order_id: str) -> list[Fill]:
         wanted = mapping.order_number(order_id)
         if self.is_global:
             raise Unsupported("Tiger tells the single fills of prime and paper accounts only")
@@ -374,12 +371,12 @@ class Tiger(BaseBroker):
             self.take("medium")
 
     # --- the account ------------------------------------------------------------------------
-    def ping(self) -> bool:  # type: ignore[override]
+    def ping(self) -> bool:
         """Asks Tiger for this account: key, signature, account and gateway are all in order."""
         known = self._read(lambda: self._trade.get_managed_accounts(self._account))
         return any(str(one.account) == self._account for one in known or [])
 
-    def cash(self, currency: str = "USD") -> Cash:  # type: ignore[override]
+    def cash(self, currency: str = "USD") -> Cash:
         if self.is_global:
             accounts = self._read(lambda: self._trade.get_assets(self._account, market_value=True))
             amounts = [
@@ -397,7 +394,7 @@ class Tiger(BaseBroker):
             raise Rejected(f"Tiger tells no available amount in {currency} for this account")
         return Cash(currency, amounts[0])
 
-    def positions(self) -> list[Position]:  # type: ignore[override]
+    def positions(self) -> list[Position]:
         listed = self._read(lambda: self._trade.get_positions(self._account, sec_type="STK"))
         if listed is None:
             raise BrokerUnavailable("Tiger answered no position list")
@@ -422,7 +419,7 @@ class Tiger(BaseBroker):
         return found
 
     # --- quotes -----------------------------------------------------------------------------
-    def quote(self, contract: Contract) -> Quote:  # type: ignore[override]
+    def quote(self, contract: Contract) -> Quote:
         brief = self._brief(contract.ticker)
         found = mapping.parse_quote(contract, brief) if brief else None
         if found is None:
@@ -454,7 +451,7 @@ class Tiger(BaseBroker):
         rows: list[dict[str, Any]] = [] if briefs is None else briefs.to_dict("records")
         return next((row for row in rows if str(row.get("symbol")) == symbol), None)
 
-    def market_status(self) -> dict[str, dict[str, MarketStatus]]:  # type: ignore[override]
+    def market_status(self) -> dict[str, dict[str, MarketStatus]]:
         listed = self._read(lambda: self._quotes.get_market_status("ALL"))
         if not listed:
             raise BrokerUnavailable("Tiger answered no market states")

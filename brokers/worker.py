@@ -257,6 +257,8 @@ class Worker:
         if lane.is_alive():
             lane.give_up()
             log.warning("worker %s: still busy at exit", self.name)
+            if lane.pid is not None:
+                lane.join(0.5)  # its child is killed, so it ends now, and nothing is stuck
 
     @property
     def is_stuck(self) -> bool:
@@ -435,8 +437,13 @@ class _Lane(threading.Thread):
             return "The connection's thread is blocked"
         return ""
 
+    @property
+    def pid(self) -> int | None:
+        """The child process of the connection; None when it lives in this thread."""
+        return self._backend.pid
+
     def child_memory(self) -> int | None:
-        pid = self._backend.pid
+        pid = self.pid
         if pid is None:
             return None
         try:
