@@ -1,0 +1,114 @@
+"""A broker for child processes: what it does wrong is asked for by the ticker of a contract.
+
+Needs the standard library and httptrading's plain modules only, as an SDK's own interpreter has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import pickle
+import signal
+import struct
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from httptrading.brokers.base import BaseBroker
+from httptrading.brokers.registry import broker_register
+from httptrading.errors import BrokerUnavailable, OrderNotFound, Rejected
+from httptrading.model import Cash, Contract, Order, OrderReport, Quote
+
+
+@broker_register("isolated", "隔离证券")
+class IsolatedBroker(BaseBroker):
+    """`broker_args["ledger"]`: the file that is the broker's order book."""
+
+    listing_delay = 0.1
+    ages = {"quote": 0.0, "cash": 0.0}
+
+    @property
+    def ledger(self) -> Path:
+        return Path(self.broker_args["ledger"])
+
+    def connect(self) -> None:
+        if Path(self.broker_args["ledger"] + ".down").exists():
+            raise BrokerUnavailable("The book is closed")
+        print("printed while connecting")
+
+    def quote(self, contract: Contract) -> Quote:  # type: ignore[override]
+        misbehave(contract.ticker)
+        value = {"PID": os.getpid(), "PARENT": os.getppid(), "MINOR": sys.version_info.minor}
+        price = value.get(contract.ticker, 1)
+        return Quote(contract, "USD", True, price, 1, 1, 1, 1, datetime.now(UTC))
+
+    def cash(self) -> Cash:  # type: ignore[override]
+        return Cash("USD", 1)
+
+    def place_order(self, contract, order_type, qty, mark, **kwargs):  # type: ignore[no-untyped-def,override]
+        if contract.ticker == "REFUSE":
+            raise Rejected("Not this one")
+        number = str(1000 + len(self._lines()))
+        with self.ledger.open("a") as file:
+            file.write(json.dumps({"id": number, "qty": qty, "mark": mark}) + "\n")
+        misbehave(contract.ticker)
+        return number
+
+    def recent_orders(self) -> list[OrderReport]:  # type: ignore[override]
+        return [
+            OrderReport(Order(line["id"], "USD", line["qty"]), mark=line["mark"])
+            for line in self._lines()
+        ]
+
+    def order(self, order_id: str) -> OrderReport:  # type: ignore[override]
+        for report in self.recent_orders():
+            if report.order.order_id == order_id:
+                return report
+        raise OrderNotFound("The book does not have it")
+
+    def cancel_order(self, order_id: str) -> None:  # type: ignore[override]
+        self.report(OrderReport(Order(order_id, "USD", 12, is_canceled=True)))
+
+    def _lines(self) -> list[dict]:  # type: ignore[type-arg]
+        if not self.ledger.exists():
+            return []
+        return [json.loads(line) for line in self.ledger.read_text().splitlines()]
+
+
+def misbehave(ticker: str) -> None:
+    pipe = int(sys.argv[2]) if len(sys.argv) > 2 and sys.argv[2].isdigit() else -1
+    match ticker:
+        case "HANG":
+            time.sleep(600)
+        case "GIL":
+            ctypes.PyDLL(None).sleep(600)  # holds the GIL, as longport's blocking calls do
+        case "KILL":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "STOP":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "EXIT":
+            os._exit(3)
+        case "SEGV":
+            signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case "JUNK":
+            os.write(pipe, struct.pack("!i", 5) + b"\x00junk")
+            time.sleep(600)
+        case "PART":
+            os.write(pipe, struct.pack("!i", 1000) + b"and then nothing more")
+            time.sleep(600)
+        case "HUGE":
+            os.write(pipe, struct.pack("!i", 0x7FFFFFFF) + b"x" * 100)
+            time.sleep(600)
+        case "LIE":
+            message = pickle.dumps(("nonsense", 1, 2))
+            os.write(pipe, struct.pack("!i", len(message)) + message)
+            time.sleep(600)
+        case "CLOSE":
+            os.close(pipe)
+            time.sleep(600)
+        case "SAY":
+            print("said on stdout by print", flush=True)
+            os.write(1, b"said on stdout by write\n")

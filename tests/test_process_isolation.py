@@ -1,0 +1,380 @@
+"""`isolation = "process"`: a child may hang, die or lie, and nobody else notices."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from flask import Flask
+
+from acceptance.kit import Trader, wait_for
+from httptrading import InstanceSettings, create_app
+from httptrading.brokers import worker as worker_module
+from httptrading.brokers.process import ChildBroker, own_paths
+from simulators.isolated import IsolatedBroker
+
+ORDER: dict[str, Any] = {
+    "tradeType": "Securities",
+    "ticker": "GOOD",
+    "region": "US",
+    "price": 12.5,
+    "qty": 12,
+    "orderType": "Limit",
+    "timeInForce": "DAY",
+    "lifecycle": "RTH",
+    "direction": "BUY",
+}
+IDS = ("IsolatedOne00001", "IsolatedTwo00002")
+TOKENS = ("isolatedToken0001", "isolatedToken0002")
+PATIENT = 8.0
+
+
+class Pair:
+    """Two instances, each in a child process of its own."""
+
+    def __init__(self, app: Flask, folder: Path) -> None:
+        self.app = app
+        self.folder = folder
+        self.gateway = app.extensions["httptrading"]
+
+    def trader(self, number: int = 0) -> Trader:
+        return Trader(self.app, IDS[number], TOKENS[number])
+
+    def pid(self, number: int = 0) -> int:
+        answer = self.trader(number).quote("US", "PID", timeout=15)
+        assert answer.ok, answer
+        return int(answer["quote"]["latest"])
+
+    def orders(self) -> int:
+        ledger = self.folder / "ledger-0"
+        return len(ledger.read_text().splitlines()) if ledger.exists() else 0
+
+    def ready(self) -> None:
+        for number in range(2):
+            trader = self.trader(number)
+            wait_for(lambda trader=trader: trader.cash().ok, "the child to serve")
+
+
+@contextmanager
+def pair(folder: Path, **settings: Any) -> Iterator[Pair]:
+    settings = {"isolation": "process", "hard_limit": 0.3} | settings
+    app = create_app(
+        brokers=[
+            InstanceSettings(
+                IsolatedBroker({"ledger": str(folder / f"ledger-{number}")}, name, [token]),
+                **settings,
+            )
+            for number, (name, token) in enumerate(zip(IDS, TOKENS, strict=True))
+        ],
+        data_dir=folder / "data",
+    )
+    running = Pair(app, folder)
+    running.gateway.start()
+    try:
+        running.ready()
+        yield running
+    finally:
+        running.gateway.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_pauses() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker_module, "BACK_OFF", (0.05, 0.1, 0.2))
+        yield
+
+
+@pytest.fixture(scope="module")
+def on(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with pair(tmp_path_factory.mktemp("pair")) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _served(request: pytest.FixtureRequest) -> None:
+    """Whatever the case before did, both instances serve again."""
+    if "on" in request.fixturenames:
+        running: Pair = request.getfixturevalue("on")
+        running.ready()
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+# --- it works -----------------------------------------------------------------------------------
+def test_each_instance_has_a_child_of_its_own(on: Pair) -> None:
+    pids = [on.pid(0), on.pid(1)]
+    assert len({*pids, os.getpid()}) == 3
+    parents = [on.trader(number).quote("US", "PARENT")["quote"]["latest"] for number in (0, 1)]
+    assert parents == [os.getpid()] * 2
+    assert on.pid() == pids[0]  # the same one serves on
+
+
+def test_orders_errors_and_pushes_cross_the_pipe(on: Pair) -> None:
+    trader = on.trader()
+    order_id = trader.placed(ORDER, key="over-the-pipe")
+    assert trader.order(order_id)["qty"] == 12
+    refused = trader.place({**ORDER, "ticker": "REFUSE"})
+    assert (refused.status, refused.code, refused["ex"]) == (422, "BROKER_REJECTED", "Not this one")
+    assert trader.state("404404").code == "ORDER_NOT_FOUND"
+    assert trader.positions().code == "UNSUPPORTED"
+    assert trader.cancel(order_id).ok
+    trader.wait_order(order_id, isCanceled=True, isCompleted=True)
+
+
+def test_the_child_has_no_tokens() -> None:
+    prototype = IsolatedBroker({"ledger": "x"}, IDS[0], [TOKENS[0]])
+    ChildBroker(prototype, "trade", Path("."), None)
+    assert prototype.tokens == [TOKENS[0]]  # the service still needs them
+
+
+# --- it goes wrong -------------------------------------------------------------------------------
+DEATHS = ["KILL", "EXIT", "SEGV", "JUNK", "LIE", "HUGE", "CLOSE"]
+SILENCES = ["HANG", "STOP", "GIL", "PART"]
+
+
+@pytest.mark.parametrize("ticker", DEATHS)
+def test_a_child_that_dies_or_lies_in_a_read(on: Pair, ticker: str) -> None:
+    before = on.pid()
+    answer = on.trader().quote("US", ticker, timeout=15)
+    assert (answer.status, answer.code) == (503, "BROKER_UNAVAILABLE"), answer
+    assert answer.seconds < PATIENT  # at once, not at the deadline
+    assert on.trader(1).cash().ok
+    wait_for(lambda: on.trader().cash().ok, "a new child", 5 + PATIENT)
+    assert on.pid() != before
+    wait_for(lambda: gone(before), "the end of the old child")
+
+
+@pytest.mark.parametrize("ticker", SILENCES)
+def test_a_child_that_falls_silent_in_a_read(on: Pair, ticker: str) -> None:
+    before = on.pid()
+    answer = on.trader().quote("US", ticker, timeout=1)
+    assert (answer.status, answer.code) == (504, "TIMEOUT"), answer
+    assert 1 <= answer.seconds < PATIENT
+    assert on.trader(1).cash().ok
+    found = on.trader().cash(timeout=15)  # the very next call is served, by a new child
+    assert found.ok, found
+    assert on.pid() != before
+    wait_for(lambda: gone(before), "the end of the old child")
+
+
+@pytest.mark.parametrize("ticker", ["KILL", "JUNK", "STOP", "GIL"])
+def test_an_order_in_a_child_that_goes_wrong(on: Pair, ticker: str) -> None:
+    """It had reached the broker: unknown first, then found by its mark, and never sent again."""
+    before, key = on.orders(), f"order-{ticker}"
+    answer = on.trader().place({**ORDER, "ticker": ticker}, key=key, timeout=1)
+    if answer.ok:  # the settlement was quicker than the answer
+        assert answer.replayed or answer["orderId"]
+    else:
+        assert (answer.status, answer.code) == (504, "OUTCOME_UNKNOWN"), answer
+        assert answer.error["clientOrderId"] == key
+    wait_for(lambda: on.trader().state(key=key).ok, "the order to be found")
+    order_id = on.trader().order(key=key)["orderId"]
+    again = on.trader().place({**ORDER, "ticker": ticker}, key=key)
+    assert again.ok and again.replayed and again["orderId"] == order_id
+    assert on.orders() == before + 1
+
+
+def test_a_child_killed_or_frozen_from_outside(on: Pair) -> None:
+    first = on.pid()
+    os.kill(first, signal.SIGKILL)
+    wait_for(lambda: on.trader().cash().ok and on.pid() != first, "a new child")
+    second = on.pid()
+    os.kill(second, signal.SIGSTOP)
+    assert on.trader().cash(timeout=1).code == "TIMEOUT"
+    assert on.trader().cash(timeout=15).ok
+    assert on.pid() not in (first, second)
+    wait_for(lambda: gone(second), "the end of the frozen child")
+
+
+def test_a_frozen_neighbour_costs_nothing(on: Pair) -> None:
+    answers = []
+    waiting = threading.Thread(
+        target=lambda: answers.append(on.trader().quote("US", "GIL", timeout=2))
+    )
+    waiting.start()
+    slowest = 0.0
+    while waiting.is_alive():
+        answer = on.trader(1).cash()
+        assert answer.ok
+        slowest = max(slowest, answer.seconds)
+    assert slowest < 1.5
+    assert answers[0].code == "TIMEOUT"
+
+
+def test_a_broker_that_is_down_in_its_child(tmp_path: Path) -> None:
+    with pair(tmp_path) as on:
+        mark = tmp_path / "ledger-0.down"
+        mark.touch()
+        os.kill(on.pid(), signal.SIGKILL)
+        wait_for(lambda: "The book is closed" in on.trader().cash().text, "why it is down")
+        answer = on.trader().place(ORDER)
+        assert (answer.status, answer.code) == (503, "BROKER_UNAVAILABLE")
+        assert int(answer.headers["Retry-After"]) >= 1
+        assert on.trader().ping()["pong"] is False
+        mark.unlink()
+        wait_for(lambda: on.trader().cash().ok, "the broker to be back", 5 + PATIENT)
+
+
+def test_whole_numbers_as_limits(tmp_path: Path) -> None:
+    """The child understands an int where the default is a float, and really opens."""
+    with pair(tmp_path, connect_timeout=10, deadline=5, hard_limit=1) as on:
+        assert on.trader().placed(ORDER)
+
+
+# --- the end -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("ticker", ["HANG", "STOP", "GIL"])
+def test_closing_ends_the_children_soon(tmp_path: Path, ticker: str) -> None:
+    with pair(tmp_path) as on:
+        pids = [on.pid(0), on.pid(1)]
+        answers = []
+        waiting = threading.Thread(
+            target=lambda: answers.append(
+                on.trader().place({**ORDER, "ticker": ticker}, key="at-the-end", timeout=20)
+            )
+        )
+        waiting.start()
+        wait_for(lambda: on.orders() == 1, "the order to reach the broker")
+        began = time.monotonic()
+        on.gateway.close()
+        assert time.monotonic() - began < 5
+        waiting.join(PATIENT)
+        assert answers[0].code == "OUTCOME_UNKNOWN"
+        for pid in pids:
+            wait_for(lambda pid=pid: gone(pid), "the children's end")
+    with pair(tmp_path) as on:  # the next start finds what became of it
+        wait_for(lambda: on.trader().state(key="at-the-end").ok, "the order to be settled")
+        assert on.orders() == 1
+
+
+HOST = """
+    import sys, time
+    from httptrading import InstanceSettings, create_app
+    from simulators.isolated import IsolatedBroker
+
+    folder = sys.argv[1]
+    book = {"ledger": folder + "/ledger"}
+    broker = IsolatedBroker(book, "IsolatedOne00001", ["isolatedToken0001"])
+    app = create_app(
+        brokers=[InstanceSettings(broker, isolation="process")], data_dir=folder + "/data"
+    )
+    client = app.test_client()
+    def ask(route):
+        return client.get(
+            "/httptrading/api/IsolatedOne00001/" + route, headers={"HT-TOKEN": "isolatedToken0001"}
+        )
+    while ask("cash/state").status_code != 200:
+        time.sleep(0.05)
+    quote = "market/quote?tradeType=Securities&region=US&ticker="
+    ask(quote + "SAY")
+    print(ask(quote + "PID").json["quote"]["latest"], flush=True)
+    if sys.argv[2] == "hang":
+        ask(quote + "GIL")
+    sys.stdin.readline()
+    app.extensions["httptrading"].close()
+"""
+
+
+@contextmanager
+def host(folder: Path, mode: str) -> Iterator[subprocess.Popen[str]]:
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(HOST), str(folder), mode],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"},
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("mode", ["idle", "hang"])
+def test_a_child_does_not_outlive_a_killed_parent(tmp_path: Path, mode: str) -> None:
+    with host(tmp_path, mode) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        assert not gone(pid)
+        process.kill()
+        wait_for(lambda: gone(pid), "the orphan's end")
+
+
+def test_what_a_child_prints_does_not_reach_our_stdout(tmp_path: Path) -> None:
+    with host(tmp_path, "idle") as process:
+        assert process.stdout is not None
+        pid = process.stdout.readline()
+        out, err = process.communicate("\n", timeout=30)
+        assert process.returncode == 0
+        assert int(pid) and out == ""
+        for text in ("printed while connecting", "said on stdout by print", "by write"):
+            assert text in err
+
+
+# --- another interpreter -------------------------------------------------------------------------
+def other_python() -> str:
+    """Another Python 3.11 or newer of this machine; else this one."""
+    siblings = Path(sys.base_prefix).parent.glob("3.1[1-9]*/bin/python3")
+    named = (shutil.which(f"python3.{minor}") for minor in (13, 12, 14, 11))
+    for found in [*filter(None, named), *map(str, sorted(siblings, reverse=True))]:
+        test = [found, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]
+        if subprocess.run(test, capture_output=True).returncode == 0:
+            return found
+    return sys.executable
+
+
+def test_a_child_of_another_interpreter(tmp_path: Path) -> None:
+    python = other_python()
+    minor = subprocess.run(
+        [python, "-c", "import sys; print(sys.version_info.minor)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    with pair(tmp_path, isolation=None, python=python) as on:
+        assert on.trader().quote("US", "MINOR")["quote"]["latest"] == int(minor)
+        order_id = on.trader().placed(ORDER)
+        assert on.trader().order(order_id)["qty"] == 12
+        assert on.trader().place({**ORDER, "ticker": "REFUSE"})["ex"] == "Not this one"
+        assert on.trader().quote("US", "KILL").code == "BROKER_UNAVAILABLE"
+        wait_for(lambda: on.trader().cash().ok, "a new child", 5 + PATIENT)
+
+
+def test_another_interpreter_does_not_get_our_packages() -> None:
+    assert not [path for path in own_paths() if "site-packages" in path]
+    assert str(Path(__file__).parent) in own_paths()  # a custom broker's folder
+
+
+def test_an_interpreter_that_cannot_run_us_is_told(tmp_path: Path) -> None:
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\nexit 1\n")
+    fake.chmod(0o755)
+    broker = IsolatedBroker({"ledger": "x"}, IDS[0], [TOKENS[0]])
+    app = create_app(
+        brokers=[InstanceSettings(broker, python=str(fake))], data_dir=tmp_path / "data"
+    )
+    try:
+        trader = Trader(app, IDS[0], TOKENS[0])
+        answer = wait_for(lambda: (found := trader.cash()).status == 503 and found, "a 503")
+        assert "child process" in answer["ex"]
+    finally:
+        app.extensions["httptrading"].close()
