@@ -158,8 +158,8 @@ class Chaos:
         self.run = run
         self.random = random.Random(seed)
         self.stop = threading.Event()
-        self.every = min(40.0, run.orders / 16)  # answers between two blows, on average
-        self.blows = [self.kill_all, self.kill_worker, self.kill_child, self.cut]
+        self.every = min(40.0, run.orders / 24)  # answers between two blows, on average
+        self.blows = [self.kill_worker, self.kill_child, self.kill_all, self.cut]
 
     def rage(self) -> None:
         try:
@@ -211,9 +211,9 @@ class Chaos:
         for child in children:
             try:
                 child.send_signal(signal.SIGKILL)
-                self.run.done["child process killed"] += 1
             except psutil.Error:
                 pass
+        self.run.done["child processes killed"] += 1
 
     def cut(self) -> None:
         member = self.random.choice(self.members)
