@@ -481,8 +481,9 @@ class Journal:
 
     # --- looking up ---------------------------------------------------------------------------
     def by_client_order_id(self, instance_id: str, client_order_id: str) -> JournalOrder | None:
-        """The newest attempt under this client order id."""
-        return self._one(
+        """The newest attempt under this client order id; an earlier one if that is at the broker
+        and this one is not (it had counted as not placed, and came to light later)."""
+        attempts = (
             sa.select(_orders)
             .where(
                 _orders.c.instance_id == instance_id, _orders.c.client_order_id == client_order_id
@@ -490,6 +491,10 @@ class Journal:
             .order_by(_orders.c.attempt.desc())
             .limit(1)
         )
+        newest = self._one(attempts)
+        if newest is None or newest.attempt == 1 or newest.state not in (NOT_PLACED, REFUSED):
+            return newest
+        return self._one(attempts.where(_orders.c.state == PLACED)) or newest
 
     def by_order_id(self, instance_id: str, order_id: str) -> JournalOrder | None:
         return self._one(

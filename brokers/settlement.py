@@ -57,7 +57,7 @@ class Settlement:
         self._late: set[str] = set()  # those of them that nobody waits for any more
         self._over: dict[str, float] = {}  # unsettled order → when its call was over, monotonic
         self._misses: dict[str, int] = {}
-        self._born = time.monotonic()  # calls of earlier lives of the service were over by then
+        self._born = time.monotonic()  # see start()
         self._next: float | None = None  # when to look next, monotonic
         self._looked = float("-inf")  # when the last listing was begun, monotonic
         self._looks = 0  # listings since the last event
@@ -69,7 +69,9 @@ class Settlement:
         )
 
     def start(self) -> None:
+        """From here on no other process serves the instance: its calls were over by now."""
         if not self._thread.is_alive():
+            self._born = time.monotonic()
             self._thread.start()
 
     def drain(self, until: float) -> None:

@@ -110,6 +110,20 @@ def test_a_key_names_one_attempt(journal: Journal) -> None:
     assert journal.by_client_order_id("AnotherInstance01", "a") is None
 
 
+def test_an_earlier_attempt_that_came_to_light_is_the_order(journal: Journal) -> None:
+    first, second = begin(journal), 0
+    journal.not_placed(first, "not there")
+    second = begin(journal, attempt=2)
+    journal.record(ID, [report(journal, first)])
+    for _ in range(2):  # while the second is being sent, and when it has failed
+        found = journal.by_client_order_id(ID, "a")
+        assert found is not None
+        if found.state == SENDING:
+            assert found.row_id == second
+            journal.not_placed(second, "Busy.")
+    assert (found.row_id, found.order_id) == (first, "1")
+
+
 def test_marks_are_short_and_unlike(journal: Journal, tmp_path: Path) -> None:
     with closing(Journal(f"sqlite:///{tmp_path / 'other.sqlite'}")) as other:
         marks = [
@@ -580,8 +594,9 @@ def test_one_that_fails_takes_no_other_with_it(path: Path) -> None:
         with pytest.raises(Busy):
             twice.result(10)
         for key, future in (("before", before), ("after", after)):
+            row_id, _ = future.result(10)
             found = journal.by_client_order_id(ID, key)
-            assert found is not None and found.row_id == future.result(10)[0]
+            assert found is not None and found.row_id == row_id
 
 
 def test_a_transaction_lost_on_the_way_is_not_taken_for_written(path: Path) -> None:
