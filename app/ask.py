@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from flask import Request
 from marshmallow import EXCLUDE, Schema, ValidationError
-from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
+from werkzeug.exceptions import RequestEntityTooLarge
 
 from httptrading.brokers.instance import Instance
 from httptrading.errors import InvalidRequest
@@ -100,8 +100,8 @@ class Ask:
             text = self.request.get_data(cache=False)
         except RequestEntityTooLarge:
             text = None
-        except ClientDisconnected:
-            raise InvalidRequest("The body ended before its announced length.") from None
+        except Exception:  # ClientDisconnected, or what the server makes of bad chunks
+            raise InvalidRequest("The body could not be read to its end.") from None
         if text is None or len(text) > LARGEST_BODY:
             raise BodyTooLarge(f"The body is larger than {LARGEST_BODY} bytes.")
         try:
