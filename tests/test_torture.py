@@ -1,10 +1,10 @@
 """The kill test: whatever dies and whenever, every order is at the broker exactly once.
 
 Interactive Brokers in the service's process and Tiger in a child process, behind simulators on the
-wire; four clients place orders with keys and repeat them until they have an answer. Meanwhile the
-service is killed (the whole group, or the worker process alone), the child process is killed, and
-the brokers' connections break before, during and after a placement. `make torture` runs 10,000
-orders; `--seed` repeats the random choices (not the timing).
+wire, and a paper account; four clients place orders with keys and repeat them until they have an
+answer. Meanwhile the service is killed (the whole group, or the worker process alone), the child
+processes are killed, and the brokers' connections break before, during and after a placement.
+`make torture` runs 10,000 orders; `--seed` repeats the random choices (not the timing).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter, defaultdict
-from contextlib import closing
+from contextlib import ExitStack, closing
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -41,24 +41,52 @@ FAULTS = (
 )
 
 
-class Ledger:
+class Book:
     """What really happened at one broker: every order it ever took, under its price (each client
     order has a price of its own), however long ago."""
 
     def __init__(self, member: Member) -> None:
-        self.member = member
-        self.taken: defaultdict[Decimal, set[str]] = defaultdict(set)
-        member.exchange.on_change.append(self.on_change)
+        self.name = member.name
+        self.instance_id = member.instance_id
+        self.token = member.token
+        self.exchange = member.exchange
+        self._taken: defaultdict[Decimal, set[str]] = defaultdict(set)
+        member.exchange.on_change.append(self._on_change)
 
-    def on_change(self, order: ExchangeOrder) -> None:
+    def _on_change(self, order: ExchangeOrder) -> None:
         assert order.price is not None
-        self.taken[order.price].add(order.order_id)
+        self._taken[order.price].add(order.order_id)
+
+    def taken(self) -> dict[Decimal, set[str]]:
+        return self._taken
 
     def forget(self, order_id: str) -> None:
         """The broker's lists stay short in a long run; the client has its answer."""
-        with self.member.exchange.lock:
-            if order_id in self.member.exchange.orders:
-                self.member.exchange.forget(order_id)
+        with self.exchange.lock:
+            if order_id in self.exchange.orders:
+                self.exchange.forget(order_id)
+
+
+class PaperBook:
+    """The paper account's own, beside the service."""
+
+    name = "paper"
+    instance_id = "tortured-paper-account"
+    token = "token-of-the-paper-account"
+
+    def __init__(self, data_dir: Path) -> None:
+        self._data_dir = data_dir
+
+    def taken(self) -> dict[Decimal, set[str]]:
+        (path,) = self._data_dir.glob("instances/*/paper.sqlite")
+        found: defaultdict[Decimal, set[str]] = defaultdict(set)
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+            for price, number in database.execute("SELECT price, number FROM paper_order"):
+                found[Decimal(price)].add(str(number))
+        return found
+
+    def forget(self, order_id: str) -> None:
+        """It keeps everything."""
 
 
 class Run:
@@ -107,21 +135,17 @@ def body_of(number: int) -> dict[str, Any]:
     }
 
 
-def member_of(number: int, members: list[Member]) -> Member:
-    return members[number % len(members)]
-
-
-def trade(service: Service, members: list[Member], ledgers: dict[str, Ledger], run: Run) -> None:
+def trade(service: Service, books: list[Book | PaperBook], run: Run) -> None:
     """One client: an order is repeated until its answer is an order id."""
-    with (
-        closing(Client(service, members[0].instance_id, members[0].token)) as first,
-        closing(Client(service, members[1].instance_id, members[1].token)) as second,
-    ):
-        clients = [first, second]
+    with ExitStack() as stack:
+        clients = [
+            stack.enter_context(closing(Client(service, book.instance_id, book.token)))
+            for book in books
+        ]
         while (number := run.take()) is not None:
             end = time.monotonic() + PATIENCE
             while True:
-                answer, pause = ask(clients[number % 2], number)
+                answer = ask(clients[number % len(books)], number)
                 with run.lock:
                     run.answers[answer if not answer.startswith("OK") else "OK"] += 1
                 if answer.startswith("OK "):
@@ -129,24 +153,23 @@ def trade(service: Service, members: list[Member], ledgers: dict[str, Ledger], r
                 if answer in ("IDEMPOTENCY_CONFLICT", "INTERNAL") or time.monotonic() > end:
                     run.problems.append(f"{key_of(number)}: {answer}")
                     return
-                time.sleep(pause)
+                time.sleep(0.05)
+            order_id = answer.removeprefix("OK ")
             with run.lock:
-                run.ids[key_of(number)] = answer.removeprefix("OK ")
-            if number % 3:
-                ledgers[member_of(number, members).name].forget(answer.removeprefix("OK "))
+                run.ids[key_of(number)] = order_id
+            if number % 4:
+                books[number % len(books)].forget(order_id)
 
 
-def ask(client: Client, number: int) -> tuple[str, float]:
-    """ "OK <order id>" or what went wrong, and the seconds until it is worth another try."""
+def ask(client: Client, number: int) -> str:
+    """ "OK <order id>", or what went wrong."""
     try:
         status, found, _ = client(
             "POST", "order/place", body_of(number), HT_TIMEOUT=str(number % 3 + 1)
         )
     except (OSError, http.client.HTTPException):
-        return "BROKEN", 0.05
-    if status == 200:
-        return f"OK {found['orderId']}", 0.0
-    return str(found["error"]["code"]), 0.05
+        return "BROKEN"
+    return f"OK {found['orderId']}" if status == 200 else str(found["error"]["code"])
 
 
 class Chaos:
@@ -158,7 +181,7 @@ class Chaos:
         self.run = run
         self.random = random.Random(seed)
         self.stop = threading.Event()
-        self.every = min(40.0, run.orders / 24)  # answers between two blows, on average
+        self.every = min(40.0, run.orders / 18)  # answers between two blows, on average
         self.blows = [self.kill_worker, self.kill_child, self.kill_all, self.cut]
 
     def rage(self) -> None:
@@ -232,7 +255,10 @@ def configuration(service: Service, members: list[Member]) -> str:
             f'broker = "simulators.quick_brokers:{brokers[member.name]}"\n'
             + ('isolation = "process"\n' + WINDOWS + "\n" if member.name == "tiger" else ""),
         )
-    return text
+    return text + (
+        f'[[instance]]\nbroker = "Paper"\nid = "{PaperBook.instance_id}"\n'
+        f'tokens = ["{PaperBook.token}"]\n[instance.args]\ncash = {{ USD = 1000000000 }}\n'
+    )
 
 
 def unsettled(journal: Path) -> list[Any]:
@@ -254,7 +280,8 @@ def test_every_order_exactly_once(
     with fleet(tmp_path) as everybody:
         members = [everybody["ib"], everybody["tiger"]]
         everybody["tiger"].simulator.enforce_limits = False
-        ledgers = {member.name: Ledger(member) for member in members}
+        data_dir = tmp_path / "data"
+        books: list[Book | PaperBook] = [*map(Book, members), PaperBook(data_dir)]
         instances = [
             {
                 "broker": member.broker,
@@ -271,8 +298,7 @@ def test_every_order_exactly_once(
             chaos = Chaos(service, members, run, seed)
             raging = threading.Thread(target=chaos.rage)
             clients = [
-                threading.Thread(target=trade, args=(service, members, ledgers, run))
-                for _ in range(CLIENTS)
+                threading.Thread(target=trade, args=(service, books, run)) for _ in range(CLIENTS)
             ]
             for thread in (raging, *clients):
                 thread.start()
@@ -283,34 +309,36 @@ def test_every_order_exactly_once(
             lasted = time.monotonic() - began
 
             assert not run.problems, (run.problems, tail(service))
-            journal = tmp_path / "data" / "journal.sqlite"
             end = time.monotonic() + PATIENCE
-            while rows := unsettled(journal):
+            while rows := unsettled(data_dir / "journal.sqlite"):
                 assert time.monotonic() < end, rows
                 time.sleep(0.05)
-            check(service, members, ledgers, run)
+            check(service, books, run)
     print(f"{orders} orders in {lasted:.1f} s; done: {dict(run.done)}; answers: {run.answers}")
     killed = sum(count for what, count in run.done.items() if "killed" in what)
     assert killed >= 8, run.done
 
 
-def check(service: Service, members: list[Member], ledgers: dict[str, Ledger], run: Run) -> None:
+def check(service: Service, books: list[Book | PaperBook], run: Run) -> None:
     """Each order once, under the id its client was told, also by the client's own key."""
     assert len(run.ids) == run.orders
-    for number in range(1, run.orders + 1):
-        member = member_of(number, members)
-        taken = ledgers[member.name].taken[price_of(number)]
-        assert taken == {run.ids[key_of(number)]}, (key_of(number), taken)
-    assert sum(len(ledger.taken) for ledger in ledgers.values()) == run.orders
-    for member in members:
-        marks = Counter(order.mark for order in member.exchange.orders.values())
-        assert max(marks.values()) == 1 and "" not in marks
-        with closing(Client(service, member.instance_id, member.token)) as client:
-            for number in range(1, run.orders + 1, max(1, run.orders // 50)):
-                if member_of(number, members) is member:
-                    _, found, headers = client("POST", "order/place", body_of(number))
-                    assert found["orderId"] == run.ids[key_of(number)], found
-                    assert headers["Idempotent-Replayed"] == "true"
+    for place, book in enumerate(books):
+        mine = [number for number in range(1, run.orders + 1) if number % len(books) == place]
+        wanted = {price_of(number): {run.ids[key_of(number)]} for number in mine}
+        taken = dict(book.taken())
+        assert taken == wanted, {
+            price: (taken.get(price), wanted.get(price))
+            for price in taken | wanted
+            if taken.get(price) != wanted.get(price)
+        }
+        if isinstance(book, Book):
+            marks = Counter(order.mark for order in book.exchange.orders.values())
+            assert max(marks.values()) == 1 and "" not in marks
+        with closing(Client(service, book.instance_id, book.token)) as client:
+            for number in mine[:: max(1, len(mine) // 20)]:
+                _, found, headers = client("POST", "order/place", body_of(number))
+                assert found["orderId"] == run.ids[key_of(number)], found
+                assert headers["Idempotent-Replayed"] == "true"
 
 
 def tail(service: Service) -> str:
