@@ -77,13 +77,27 @@ def main(descriptor: int, lifeline: int) -> NoReturn:
     try:
         _, paths, broker, connection, data_dir = pickle.loads(pipe.recv_bytes())
         sys.path[:] = [*sys.path, *(path for path in paths if path not in sys.path)]
-        prototype: BaseBroker = pickle.loads(broker)
+        prototype = _loaded(broker, link)
         local = LocalBroker(prototype, connection, Path(data_dir), link)
         asyncio.run(_serve(pipe, link, local))
     except (EOFError, OSError):
         code = 1  # the parent is gone
     # SDKs leave threads behind that would hold the process.
     os._exit(code)
+
+
+def _loaded(broker: bytes, link: _ParentLink) -> BaseBroker:
+    """The prototype; when its module cannot be imported here, the parent is told why."""
+    try:
+        prototype: BaseBroker = pickle.loads(broker)
+    except Exception as error:
+        missing = f" of {error.name}" if isinstance(error, ImportError) and error.name else ""
+        text = (
+            f"The child process cannot import the broker's class ({type(error).__name__}{missing})"
+        )
+        link.send("error", BrokerUnavailable(text))
+        raise EOFError from None
+    return prototype
 
 
 async def _serve(pipe: Connection, link: _ParentLink, broker: LocalBroker) -> None:

@@ -96,14 +96,28 @@ class ChildBroker:
 
     async def open(self, seconds: float) -> None:
         display = self._prototype.broker_display
+        if type(self._prototype).__module__ == "__main__":
+            raise BrokerUnavailable(
+                f"{display} is defined in the start script, which a child process does not run: "
+                'put the class into a module of its own, or use isolation = "thread"'
+            )
+        prototype = copy.copy(self._prototype)
+        prototype.tokens = []  # the child has no use for them
+        prototype._link = None
         try:
-            self._spawn()
-        except (OSError, pickle.PicklingError, TypeError, AttributeError) as error:
+            broker = pickle.dumps(prototype, PICKLE_PROTOCOL)
+        except Exception as error:  # anything may stand in an argument
+            raise BrokerUnavailable(
+                f"The arguments of {display} cannot be handed to a child process "
+                f"({type(error).__name__}): use plain values"
+            ) from None
+        try:
+            self._spawn(broker)
+            await self._ask(("open", seconds), seconds)
+        except OSError as error:
             raise BrokerUnavailable(
                 f"The child process for {display} cannot be started ({type(error).__name__})"
             ) from None
-        try:
-            await self._ask(("open", seconds), seconds)
         except _ChildGone as error:
             raise BrokerUnavailable(f"The child process for {display} failed: {error}") from None
 
@@ -140,10 +154,7 @@ class ChildBroker:
             process.kill()
 
     # --- the pipe -----------------------------------------------------------------------------
-    def _spawn(self) -> None:
-        prototype = copy.copy(self._prototype)
-        prototype.tokens = []  # the child has no use for them
-        prototype._link = None
+    def _spawn(self, broker: bytes) -> None:
         ours, theirs = socket.socketpair()
         life_end, life_start = os.pipe()
         try:
@@ -172,7 +183,6 @@ class ChildBroker:
         self._pipe = Connection(ours.detach())
         asyncio.get_running_loop().add_reader(self._pipe.fileno(), self._on_readable)
         paths = own_paths() if self._python != sys.executable else list(sys.path)
-        broker = pickle.dumps(prototype, PICKLE_PROTOCOL)
         self._send(("init", paths, broker, self._connection, str(self._data_dir)))
 
     async def _ask(self, message: tuple[Any, ...], seconds: float | None) -> Any:

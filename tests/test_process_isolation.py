@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -362,6 +363,38 @@ def test_a_child_of_another_interpreter(tmp_path: Path) -> None:
 def test_another_interpreter_does_not_get_our_packages() -> None:
     assert not [path for path in own_paths() if "site-packages" in path]
     assert str(Path(__file__).parent) in own_paths()  # a custom broker's folder
+
+
+class Unsendable(IsolatedBroker):
+    """Defined at a place that only this process knows, once the module is renamed."""
+
+
+def test_a_broker_that_cannot_go_to_a_child_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: dict[str, Any] = {"ledger": str(tmp_path / "ledger")}
+
+    def answer(broker: IsolatedBroker) -> str:
+        app = create_app(
+            brokers=[InstanceSettings(broker, isolation="process")], data_dir=tmp_path / "data"
+        )
+        try:
+            trader = Trader(app, IDS[0], TOKENS[0])
+            found = wait_for(lambda: (seen := trader.cash()).status == 503 and seen, "a 503")
+            return str(found["ex"])
+        finally:
+            app.extensions["httptrading"].close()
+
+    lock = IsolatedBroker({**arguments, "lock": threading.Lock()}, IDS[0], [TOKENS[0]])
+    assert "arguments of 隔离证券 cannot be handed" in answer(lock)
+    broker = Unsendable(arguments, IDS[0], [TOKENS[0]])
+    monkeypatch.setattr(Unsendable, "__module__", "a_module_that_vanished")
+    module = types.ModuleType("a_module_that_vanished")
+    monkeypatch.setitem(sys.modules, "a_module_that_vanished", module)
+    module.Unsendable = Unsendable  # type: ignore[attr-defined]
+    assert "ModuleNotFoundError of a_module_that_vanished" in answer(broker)
+    monkeypatch.setattr(Unsendable, "__module__", "__main__")
+    assert "put the class into a module of its own" in answer(broker)
 
 
 def test_an_interpreter_that_cannot_run_us_is_told(tmp_path: Path) -> None:
