@@ -644,19 +644,36 @@ class Instance:
             raise
 
     def cancel_all(self, deadline: float) -> list[tuple[str, HttpTradingError | None]]:
-        """Cancels every open order; each order id with None or why it was not cancelled."""
+        """Cancels every open order; each order id with None or why it was not cancelled.
+
+        Orders whose outcome is not known have no id yet ("") and are among those not cancelled.
+        """
         self._check_writable()
         answers: list[tuple[str, HttpTradingError | None]] = []
-        for row in self.orders(open_=True, since=None, limit=1000, deadline=deadline, fresh=True):
-            if row.order.is_pending_cancel:
-                answers.append((row.order_id, None))
+        for order in self._open_orders(deadline):
+            if order.is_pending_cancel:
+                answers.append((order.order_id, None))
                 continue
             try:
-                self.cancel(row.order_id, None, deadline)
-                answers.append((row.order_id, None))
+                self.cancel(order.order_id, None, deadline)
+                answers.append((order.order_id, None))
             except HttpTradingError as error:
-                answers.append((row.order_id, error))
+                answers.append((order.order_id, error))
+        with suppress(Busy):
+            for row in self._journal.unsettled(self.id):
+                answers.append(("", _unknown(row.client_order_id or "")))
         return answers
+
+    def _open_orders(self, deadline: float) -> list[Order]:
+        try:
+            rows = self.orders(open_=True, since=None, limit=1000, deadline=deadline, fresh=True)
+        except Busy:
+            if not self.lists_orders:
+                raise
+            # Without a journal (or when the queue is full, which this tells): the broker's own.
+            reports = self.list_recent(deadline)
+            return [report.order for report in reports if not report.order.is_completed]
+        return [row.order for row in rows]
 
     # --- orders -------------------------------------------------------------------------------
     def order(

@@ -524,6 +524,17 @@ def test_cancel_all(on: Stage) -> None:
     assert nodes[ids[2]]["requested"] is False and nodes[ids[2]]["ex"] == "Too late."
 
 
+def test_cancel_all_tells_of_what_it_cannot_reach(on: Stage) -> None:
+    trader = on.trader()
+    order_id = trader.placed(LIMIT_ORDER)
+    with on.script.hold("place_order"):
+        unknown(trader.place(LIMIT_ORDER, key="k", timeout=1))
+        reached, hidden = trader.post("order/cancel-all", {})["orders"]
+        assert (reached["orderId"], reached["requested"]) == (order_id, True)
+        assert (hidden["orderId"], hidden["requested"]) == ("", False)
+        assert "clientOrderId=k" in hidden["ex"]
+
+
 def test_read_only(tmp_path: Path) -> None:
     with stage(tmp_path, read_only=True) as on:
         on.ready()
