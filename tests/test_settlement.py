@@ -339,6 +339,73 @@ def test_rows_of_an_earlier_life(tmp_path: Path) -> None:
         assert trader.get("instance/state").ok
 
 
+CRASH = """
+import os, sys
+from pathlib import Path
+import sqlalchemy as sa
+from httptrading.brokers.journal import Journal
+from httptrading.brokers.settlement import Settlement
+from simulators.scripted import LIMIT_ORDER, stage
+
+folder, place = Path(sys.argv[1]), sys.argv[2]
+
+def crash(*_, **__):
+    os._exit(9)
+
+with stage(folder / "data") as on:
+    on.ready()
+    def at_the_broker(**arguments):
+        if place == "before the SDK is called":
+            crash()
+        with open(folder / "broker", "a") as book:
+            book.write(arguments["mark"] + chr(10))
+        if place == "before the SDK returns":
+            crash()
+        return "1"
+    on.script.do["place_order"] = at_the_broker
+    if place == "before the row is durable":
+        sa.event.listen(on.gateway._journal._writer, "commit", crash)
+    if place == "before the outcome is durable":
+        Journal._apply = crash
+    if place == "before the answer":
+        Settlement.call_ended = crash
+    on.trader().place(LIMIT_ORDER, key="k")
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "sent"),
+    [
+        ("before the row is durable", 0),
+        ("before the SDK is called", 0),
+        ("before the SDK returns", 1),
+        ("before the outcome is durable", 1),
+        ("before the answer", 1),
+    ],
+)
+def test_a_crash_between_any_two_steps(tmp_path: Path, place: str, sent: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CRASH, str(tmp_path), place],
+        env={"PYTHONPATH": str(Path(__file__).parent), "PATH": "/usr/bin:/bin"},
+        timeout=120,
+    )
+    assert done.returncode == 9
+    book = tmp_path / "broker"
+    marks = book.read_text().split() if book.exists() else []
+    assert len(marks) == sent
+
+    def remember(script: Script) -> None:
+        script.orders += [OrderReport(Order("1", "USD", 12), mark=mark) for mark in marks]
+
+    with stage(tmp_path / "data", before=remember) as on:
+        trader = on.trader()
+        answer = until(lambda: trader.place(LIMIT_ORDER, key="k", timeout=20), "")
+        assert answer.replayed is bool(sent)
+        assert len(on.script.calls("place_order")) + sent == 1
+        assert answer["orderId"] == on.script.orders[0].order.order_id
+        assert trader.order(key="k")["orderId"] == answer["orderId"]
+
+
 def test_a_stop_while_an_order_is_being_sent(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         with stage(tmp_path, hard_limit=30.0) as on:
