@@ -29,6 +29,8 @@ LINGER = 0.25
 class Worker(ThreadWorker):  # type: ignore[misc]
     """The main loop only ever waits for events; a thread is taken when a request is there."""
 
+    _stopped = 0.0
+
     def accept(self, listener: Any) -> None:
         """A new connection waits in the poller, as a kept-alive one does."""
         try:
@@ -55,8 +57,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         return keep
 
     def murder_pending(self) -> None:
-        """When the worker stops, nobody waits for connections that have not asked anything."""
+        """A worker that stops waits a moment only for connections that have not asked anything."""
         if not self.alive:
+            self._stopped = self._stopped or time.monotonic()
             for conn in self.pending_conns:
-                conn.timeout = 0.0
+                conn.timeout = min(conn.timeout, self._stopped + LINGER)
         super().murder_pending()

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class HangingBroker(BaseBroker):
     """Its cash never comes, and nothing can interrupt it."""
 
     def cash(self) -> Cash:
+        (self.data_dir / "asked").touch()
         while True:
             time.sleep(1)
 
@@ -69,12 +70,15 @@ class Service:
     def log(self) -> str:
         return self.log_path.read_text()
 
-    def wait_for_log(self, pattern: str) -> str:
+    def wait_for(self, condition: Callable[[], Any]) -> Any:
         end = time.monotonic() + 30
-        while not (found := re.search(pattern, self.log)):
+        while not (found := condition()):
             assert time.monotonic() < end, self.log
             time.sleep(0.05)
-        return found[0]
+        return found
+
+    def wait_for_log(self, pattern: str) -> str:
+        return str(self.wait_for(lambda: re.search(pattern, self.log))[0])
 
     @contextlib.contextmanager
     def running(self, *options: str) -> Iterator[subprocess.Popen[str]]:
@@ -167,7 +171,7 @@ def test_sigterm_ends_a_service_whose_broker_hangs(hanging: Service) -> None:
             f"GET /httptrading/api/{ID}/cash/state HTTP/1.1\r\nHost: x\r\n"
             f"HT-TOKEN: {TOKEN}\r\nHT-TIMEOUT: 30\r\n\r\n".encode()
         )
-        hanging.wait_for_log("connected")
+        hanging.wait_for(lambda: list(hanging.directory.rglob("asked")))
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert client.recv(65536).startswith(b"HTTP/1.1 50")
