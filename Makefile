@@ -9,6 +9,8 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CORE := $(VENV)/.core-installed
 ALL := $(VENV)/.all-installed
+# The tests mostly wait for timeouts and servers, so two at a time take half the time.
+WORKERS ?= 2
 MINUTES ?= 5
 ORDERS ?= 10000
 
@@ -21,7 +23,7 @@ run: $(CORE) ## start the service on http://127.0.0.1:8080 (PORT=…, HTTPTRADIN
 	@HTTPTRADING_SHOW_TOKEN=1 $(if $(PORT),HTTPTRADING_PORT=$(PORT)) exec $(BIN)/gunicorn
 
 test: $(ALL) check ## linters, types and the whole test suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 check: $(ALL) ## ruff and mypy --strict
 	$(BIN)/ruff check .
