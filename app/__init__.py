@@ -43,7 +43,7 @@ def create_app(
     else:
         if not isinstance(config, Settings):
             config = load_settings(None if config is None else Path(config), os.environ)
-        blueprint = _blueprint(config, "/httptrading")
+        blueprint = _blueprint(config, "/httptrading", config.threads)
     app = Flask("httptrading", static_folder=None)
     app.register_blueprint(blueprint)
     return app
@@ -58,9 +58,12 @@ def create_blueprint(
     data_dir: str | os.PathLike[str] | None = None,
     journal_url: str | None = None,
     metrics_token: str | None = None,
+    threads: int | None = None,
 ) -> Blueprint:
     """The routes for these accounts, to be registered in any Flask app.
 
+    `threads`: how many requests the server runs at a time, if it does nothing else; then some are
+    kept free for each account, however many wait for a broker that hangs.
     Nothing starts before the first request (so it may be made before a fork); the gateway stands
     in `app.extensions["httptrading"]`, with `start()`, `drain()` and `close()`.
     """
@@ -79,15 +82,15 @@ def create_blueprint(
     )
     if compat not in (None, "1.0"):
         raise ValueError('compat must be None or "1.0"')
-    return _blueprint(settings, url_prefix)
+    return _blueprint(settings, url_prefix, threads)
 
 
-def _blueprint(settings: Settings, url_prefix: str) -> Blueprint:
+def _blueprint(settings: Settings, url_prefix: str, threads: int | None) -> Blueprint:
     for warning in settings.warnings:
         log.warning("%s", warning)
     gateway = Gateway(settings.instances, settings.data_dir, settings.journal_url)
     atexit.register(gateway.close)
-    blueprint = make_blueprint(Service(settings, gateway), url_prefix)
+    blueprint = make_blueprint(Service(settings, gateway, threads), url_prefix)
 
     def remember(state: BlueprintSetupState) -> None:
         state.app.extensions["httptrading"] = gateway

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from httptrading.app.ask import (
     request_id_of,
 )
 from httptrading.app.auth import Doorkeeper
+from httptrading.app.bulkhead import Bulkhead
 from httptrading.app.config import Settings
 from httptrading.app.metrics import Metrics
 from httptrading.brokers.gateway import Gateway
@@ -70,7 +72,8 @@ _STATUS_OF = {BodyTooLarge: 413, WrongContentType: 415, WrongMethod: 405}
 class Service:
     """What the views of one blueprint share."""
 
-    def __init__(self, settings: Settings, gateway: Gateway) -> None:
+    def __init__(self, settings: Settings, gateway: Gateway, threads: int | None) -> None:
+        """`threads`: how many the server has; None: not known, so none are kept free."""
         self.settings = settings
         self.gateway = gateway
         self.metrics = Metrics(gateway) if settings.metrics_token else None
@@ -78,6 +81,7 @@ class Service:
             (one.broker.instance_id, one.broker.tokens) for one in settings.instances
         )
         self._compat = settings.compat == "1.0"
+        self._bulkhead = None if threads is None else Bulkhead(threads, gateway.settings)
 
     def serve(self, path: str, instance_id: str) -> Response:
         """One request below an instance."""
@@ -90,7 +94,8 @@ class Service:
         request_id = request_id_of(request)
         outcome = "OK"
         try:
-            response = self._answer(path, route, admitted, request_id)
+            with self._bulkhead.place(admitted) if self._bulkhead else nullcontext():
+                response = self._answer(path, route, admitted, request_id)
         except HttpTradingError as error:
             outcome = error.code
             response = self._error(admitted, error, request_id)

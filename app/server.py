@@ -32,7 +32,12 @@ def run(
     from gunicorn.app.base import BaseApplication
 
     app = create_app(
-        brokers=brokers, token_header=token_header, compat=compat, data_dir=data_dir, **options
+        brokers=brokers,
+        token_header=token_header,
+        compat=compat,
+        data_dir=data_dir,
+        threads=threads,
+        **options,
     )
     for blueprint in blueprints:
         app.register_blueprint(blueprint)

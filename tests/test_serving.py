@@ -298,16 +298,49 @@ def test_a_second_process_for_the_same_accounts_is_refused(service: Service) -> 
     assert service.ask("GET", f"{API}/cash/state")[0] == 200
 
 
+CROWDED = RUN.replace('data_dir="data",', 'data_dir="data", threads=8,')
+
+
+def test_a_crowd_at_a_hung_broker_leaves_threads_for_the_others(tmp_path: Path) -> None:
+    port = free_port()
+    start = script(tmp_path, CROWDED)
+    with started(tmp_path, port, start, str(port), "thread") as service:
+        until_served(service)
+        paper = f"/httptrading/api/{OTHER_ID}/ping/state"
+        until_served(service, paper, OTHER_TOKEN)
+        query = "tradeType=Securities&region=US&ticker=HANG"
+        answers: list[tuple[int, Any]] = []
+
+        def wait() -> None:
+            headers = {"HT-TIMEOUT": "3"}
+            path = f"{API}/market/quote?{query}"
+            answers.append(service.json("GET", path, headers=headers))
+
+        crowd = [threading.Thread(target=wait) for _ in range(12)]
+        for one in crowd:
+            one.start()
+        refused = wait_for(lambda: next((a for a in answers if a[0] == 503), None), "a refusal")
+        assert refused[1]["error"]["code"] == "BUSY"
+        assert not all(not one.is_alive() for one in crowd)  # the first ones wait still
+        status, body = service.json("GET", paper, token=OTHER_TOKEN)
+        assert (status, body["pong"]) == (200, True)
+        assert any(one.is_alive() for one in crowd)
+        for one in crowd:
+            one.join(30)
+        assert {status for status, _ in answers} == {503, 504}
+        assert len([status for status, _ in answers if status == 504]) <= 6
+        until_served(service)
+
+
 # --- stopping -----------------------------------------------------------------------------------
-def test_an_idle_service_ends_cleanly_and_starts_again(tmp_path: Path) -> None:
-    for _ in range(2):
-        with serving(tmp_path) as service:
-            until_served(service)
-            family = service.children()
-            assert service.stop() < STOPS_WITHIN + SLACK
-            assert service.process.returncode == 0
-            wait_for(lambda family=family: not alive(family), "the children's end")
-            assert "Traceback" not in service.log
+def test_an_idle_service_ends_cleanly(tmp_path: Path) -> None:
+    with serving(tmp_path) as service:
+        until_served(service)
+        family = service.children()
+        assert service.stop() < STOPS_WITHIN + SLACK
+        assert service.process.returncode == 0
+        wait_for(lambda: not alive(family), "the children's end")
+        assert "Traceback" not in service.log
 
 
 @pytest.mark.parametrize(("isolation", "ticker"), [("thread", "HANG"), ("process", "GIL")])
