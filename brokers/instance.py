@@ -404,12 +404,19 @@ class Instance:
                 raise
             # Sent earlier with an outcome that is not known yet: never again before it is settled.
             self._give_back(key, placement, _unknown(key))
-            if not self.settlement.wait_for(known, deadline):
+            try:
+                settled = self.settlement.wait_for(known, deadline)
+            except Busy:
+                settled = False  # the journal, which was readable just now
+            if not settled:
                 raise _unknown(key)
 
     def _found(self, key: str) -> Placed | None:
         """The replayed answer for an order that is known to be at the broker."""
-        known = self._journal.by_client_order_id(self.id, key)
+        try:
+            known = self._journal.by_client_order_id(self.id, key)
+        except Busy:
+            return None
         if known is None or known.state not in (PLACED, SEEN):
             return None
         return Placed(known.order_id, key, known.created, replayed=True)

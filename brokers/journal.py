@@ -586,7 +586,7 @@ class Journal:
         except SQLAlchemyError as error:
             log.error("the journal cannot be read (%s)", _cause(error))
             raise Busy(
-                "The order journal cannot be read; nothing was sent.", retry_after=5
+                "The order journal cannot be read, so this request has sent nothing.", retry_after=5
             ) from None
 
     def _open(self) -> str:
