@@ -32,7 +32,7 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from httptrading.brokers.group_commit import GroupCommit
 from httptrading.errors import Busy
@@ -209,8 +209,10 @@ class Journal:
         is_sqlite = made.get_backend_name() == "sqlite"
         if is_sqlite and made.database in (None, "", ":memory:"):
             raise ValueError("The order journal needs a database that outlives the process.")
-        self._reader = sa.create_engine(url, pool_size=8, max_overflow=40)
-        self._writer = sa.create_engine(url, pool_size=1)
+        # A server that has been restarted leaves dead connections in the pool.
+        ping = not is_sqlite
+        self._reader = sa.create_engine(url, pool_size=8, max_overflow=40, pool_pre_ping=ping)
+        self._writer = sa.create_engine(url, pool_size=1, pool_pre_ping=ping)
         self._commits = GroupCommit(self._writer, _unwritable)
         self._opening = threading.Lock()
         self._gateway_id: str | None = None
@@ -662,9 +664,10 @@ def _about_of(connection: sa.Connection) -> Mapping[str, str]:
 
 
 def _cause(error: SQLAlchemyError) -> str:
-    """The database's own words, which hold no values; never the statement."""
-    origin = getattr(error, "orig", None)
-    return f"{type(error).__name__}: {origin}" if origin is not None else type(error).__name__
+    """What the database says of its own state; never the statement, and not of a row (some quote
+    its values)."""
+    name = type(error).__name__
+    return f"{name}: {error.orig}" if isinstance(error, OperationalError) else name
 
 
 def merge(
