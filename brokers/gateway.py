@@ -30,6 +30,9 @@ SUPERVISION = 0.1
 DRAIN_SECONDS = 2.0
 """How long running calls are waited for once the service is told to stop."""
 
+LEAST_CLOSING = 0.5
+"""Seconds that a connection has for closing, even when a drain has used up the time before."""
+
 QUOTE_FROM_SECONDS = 5.0
 """How long Paper may wait for another instance's quote."""
 
@@ -94,6 +97,7 @@ class Gateway:
         self._running: set[str] = set()
         self._foreign: dict[str, str] = {}  # instances that another process serves, and which
         self._stopping = threading.Event()
+        self._drained_at = 0.0  # monotonic
         self._journal: Journal | None = None
         self._recorder: Recorder | None = None
 
@@ -189,15 +193,21 @@ class Gateway:
 
     def drain(self) -> None:
         """Takes nothing new; queued calls are answered at once, running ones soon."""
-        self._stopping.set()
+        if not self._stopping.is_set():
+            self._drained_at = time.monotonic()
+            self._stopping.set()
         for instance in self.instances().values():
             instance.drain(DRAIN_SECONDS)
 
     def close(self, seconds: float = 2.0) -> None:
-        """Ends everything this process started. Twice is harmless."""
+        """Ends everything this process started, `seconds` after the drain began or soon after.
+
+        Twice is harmless.
+        """
         if self._pid != os.getpid():
             return
         self.drain()
+        seconds = max(LEAST_CLOSING, seconds - (time.monotonic() - self._drained_at))
         closing = [
             threading.Thread(target=instance.close, args=(seconds,), daemon=True)
             for instance in self.instances().values()

@@ -215,7 +215,7 @@ class Instance:
 
     def drain(self, seconds: float) -> None:
         """Answers what is queued at once, and what is running after at most so many seconds."""
-        self._drain_until = time.monotonic() + seconds
+        self._drain_until = min(self._drain_until, time.monotonic() + seconds)
         self._draining = True
         self.settlement.drain(self._drain_until)
         for worker in self.workers.values():
