@@ -8,9 +8,16 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CORE := $(VENV)/.core-installed
+CORE_ONLY := $(VENV)/core-requirements.txt
 ALL := $(VENV)/.all-installed
-# The tests mostly wait for timeouts and servers, so two at a time take half the time.
-WORKERS ?= 2
+# ib_async is ib_insync's successor. Both bring a package "eventkit", so each has an environment of
+# its own, and the tests of the adapter run in both.
+IB_ASYNC := .venv-ib-async
+IB_TESTS := tests/test_tws_simulator.py tests/test_ib_book.py tests/test_trading_hours.py \
+	tests/test_interactive_brokers.py
+# The tests mostly wait for timeouts and servers, so more run at a time than there are CPUs.
+WORKERS ?= 6
+AT_ONCE := -n $(WORKERS) --dist worksteal
 MINUTES ?= 5
 ORDERS ?= 10000
 
@@ -22,8 +29,9 @@ help: ## this list
 run: $(CORE) ## start the service on http://127.0.0.1:8080 (PORT=…, HTTPTRADING_CONFIG=…)
 	@HTTPTRADING_SHOW_TOKEN=1 $(if $(PORT),HTTPTRADING_PORT=$(PORT)) exec $(BIN)/gunicorn
 
-test: $(ALL) check ## linters, types and the whole test suite
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+test: $(ALL) $(IB_ASYNC)/.installed check ## linters, types and the whole test suite
+	$(BIN)/python -m pytest -q $(AT_ONCE)
+	$(IB_ASYNC)/bin/python -m pytest -q $(AT_ONCE) $(IB_TESTS)
 
 check: $(ALL) ## ruff and mypy --strict
 	$(BIN)/ruff check .
@@ -47,20 +55,30 @@ bench: $(ALL) ## measure; writes bench/RESULTS.md
 	PYTHONPATH=tests $(BIN)/python -m bench
 
 clean: ## remove what make made, except the data directory
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(IB_ASYNC) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "httptrading needs Python 3.11 or newer"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# The core's own dependencies, in the tested versions, and no SDK.
-$(CORE): pyproject.toml requirements.txt | $(BIN)/python
+# The core's own dependencies, to be installed in the tested versions, and no SDK.
+$(CORE_ONLY): pyproject.toml | $(BIN)/python
 	@$(BIN)/python -c "import tomllib; \
-		print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-		> $(VENV)/core-requirements.txt
-	$(PIP) -c requirements.txt -r $(VENV)/core-requirements.txt
+		print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > $@
+
+$(CORE): $(CORE_ONLY) requirements.txt
+	$(PIP) -c requirements.txt -r $(CORE_ONLY)
 	@touch $@
 
 $(ALL): requirements.txt requirements-dev.txt | $(BIN)/python
 	$(PIP) -r requirements-dev.txt
 	@touch $@ $(CORE)
+
+# tzdata: ib_async pins another version than the one tested with the rest.
+$(IB_ASYNC)/.installed: $(CORE_ONLY) requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(IB_ASYNC)
+	@grep -hvE '^(-r|tzdata==)' requirements.txt requirements-dev.txt > $(IB_ASYNC)/constraints.txt
+	$(IB_ASYNC)/bin/python -m pip --disable-pip-version-check install --quiet \
+		-c $(IB_ASYNC)/constraints.txt -r $(CORE_ONLY) \
+		pytest pytest-xdist hypothesis psutil ib-async==2.1.0
+	@touch $@
