@@ -85,6 +85,9 @@ WRITE_SECONDS = 0.1
 ANSWER_GRACE = 0.1
 """Seconds a waiter stays beyond the deadline for the operation's own account of what happened."""
 
+WORTH_ASKING = 0.5
+"""Seconds that must be left for a read to be asked again after another reader's call timed out."""
+
 _NOTHING_SENT = (BrokerUnavailable, InvalidRequest, NotSentInTime, RateLimited, Unsupported)
 """With these an operation that changes something promises that it did nothing; any other error,
 but for the broker's refusal, leaves it open."""
@@ -309,13 +312,17 @@ class Instance:
             if known:
                 return value
         worker = self._worker(operation)
-        shared = self._reads.join(
-            operation, key, fresh, lambda: worker.submit(Call(operation, arguments, deadline))
-        )
+        own = Call(operation, arguments, deadline)
+        shared = self._reads.join(operation, key, fresh, lambda: worker.submit(own))
         call = shared.call
         call.deadline = max(call.deadline, deadline)
         try:
             return self._wait(call, deadline)
+        except TimedOut:
+            # The time of the reader who began the call is up, but perhaps not this one's.
+            if call is own or deadline - time.monotonic() < WORTH_ASKING:
+                raise
+            return self._read(operation, deadline, fresh=fresh, **arguments)
         except FutureTimeout:
             pass
         if self._reads.leave(shared) and worker.withdraw(call):
