@@ -65,6 +65,20 @@ class InstanceLock:
                 os.write(file, f"{os.getpid()}\n".encode())
         return True
 
+    def is_taken(self) -> bool:
+        """Whether another process holds it; leaves no trace in the data directory."""
+        try:
+            file = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return False  # there was never an owner, or nothing to be learned
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(file)
+        return False
+
     def owner(self) -> str:
         """The process id the owner wrote down."""
         try:
@@ -106,9 +120,7 @@ class Gateway:
         found = {}
         for instance_id in self.settings:
             lock = InstanceLock(self.data_dir, instance_id)
-            if lock.take():
-                lock.release()
-            else:
+            if lock.is_taken():
                 found[instance_id] = lock.owner()
         return found
 
