@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 
-from httptrading.brokers.journal import Journal, OrderRequest
+from httptrading.brokers.journal import PLACED, Journal, OrderRequest, Outcome
 from httptrading.model import (
     Contract,
     Lifecycle,
@@ -58,7 +58,7 @@ def filled_journal(path: Path, count: int) -> Journal:
     """A journal with so many placed orders, one in a hundred of them still open."""
     journal = Journal(f"sqlite:///{path}")
     row_id, _ = journal.begin(_ID, "first", 1, _REQUEST).result()
-    journal.placed(row_id, "first")
+    journal.settle(row_id, Outcome(PLACED, order_id="first")).result()
     with closing(sqlite3.connect(path)) as database, database:
         columns = [row[1] for row in database.execute("PRAGMA table_info(orders)")]
         values = ", ".join(_DIFFERENT.get(name, name).format(count=count) for name in columns)
@@ -79,7 +79,7 @@ def _operations(journal: Journal, count: int) -> dict[str, Callable[[int], objec
         key = f"new-{turn}"
         assert journal.by_client_order_id(_ID, key) is None
         row_id, _ = journal.begin(_ID, key, 1, _REQUEST).result()
-        journal.placed(row_id, key)
+        journal.settle(row_id, Outcome(PLACED, order_id=key)).result()
 
     def push(turn: int) -> None:
         order = Order(f"new-{turn}", "USD", 10, 5, 200.5)

@@ -287,24 +287,14 @@ class Journal:
         return self._post(body)
 
     def settle(self, row_id: int, outcome: Outcome) -> Future[None]:
-        """Writes what became of a sent order; the future is done when that is durable."""
+        """Writes what became of a sent order; the future is done when that is durable.
+
+        `PLACED`: the broker took it under this id; what a push said of the id meanwhile is joined.
+        `REFUSED`: there is no such order, unless a part of it has been filled. `UNKNOWN`: no clear
+        answer came. `NOT_PLACED`: nothing was sent, or the broker's lists lack it; only if that is
+        still open.
+        """
         return self._post(lambda connection: self._apply(connection, row_id, outcome))
-
-    def placed(self, row_id: int, order_id: str) -> None:
-        """The broker took it under this id. What a push said of the id meanwhile is joined."""
-        self.settle(row_id, Outcome(PLACED, order_id=order_id)).result()
-
-    def refused(self, row_id: int, reason: str) -> None:
-        """The broker said no; there is no such order. (Unless a part of it has been filled.)"""
-        self.settle(row_id, Outcome(REFUSED, reason=reason)).result()
-
-    def unknown(self, row_id: int) -> None:
-        """Sent, and no clear answer came."""
-        self.settle(row_id, Outcome(UNKNOWN)).result()
-
-    def not_placed(self, row_id: int, reason: str) -> None:
-        """Proved not to be at the broker: nothing was sent, or the broker's lists lack it."""
-        self.settle(row_id, Outcome(NOT_PLACED, reason=reason)).result()
 
     def _apply(self, connection: sa.Connection, row_id: int, outcome: Outcome) -> None:
         row = connection.execute(sa.select(_orders).where(_orders.c.id == row_id)).one()

@@ -14,7 +14,14 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from httptrading.brokers.journal import PLACED, UNSETTLED, Journal, JournalOrder
+from httptrading.brokers.journal import (
+    NOT_PLACED,
+    PLACED,
+    UNSETTLED,
+    Journal,
+    JournalOrder,
+    Outcome,
+)
 from httptrading.errors import Busy, HttpTradingError, Unsupported
 from httptrading.model import OrderReport
 
@@ -248,7 +255,8 @@ class Settlement:
             if not proven or self._may_be_there(row, reports):
                 left.append(row)
                 continue
-            self._journal.not_placed(row.row_id, "The broker's lists do not have it.")
+            outcome = Outcome(NOT_PLACED, reason="The broker's lists do not have it.")
+            self._journal.settle(row.row_id, outcome).result()
             log.info("order %s: not placed", row.client_order_id)
         self._forget_settled(left)
         return left

@@ -37,6 +37,7 @@ from httptrading.brokers.journal import (
     Journal,
     JournalOrder,
     OrderRequest,
+    Outcome,
     merge,
 )
 from httptrading.errors import Busy
@@ -72,6 +73,12 @@ def journal(path: Path) -> Iterator[Journal]:
 def begin(journal: Journal, key: str = "a", attempt: int = 1, **changes: Any) -> int:
     row_id, _ = journal.begin(ID, key, attempt, replace(REQUEST, **changes)).result(10)
     return row_id
+
+
+def settle(journal: Journal, row_id: int, state: str, text: str = "") -> None:
+    """`text`: the order id of a placed order, else the reason."""
+    told = {"order_id" if state == PLACED else "reason": text}
+    journal.settle(row_id, Outcome(state, **told)).result(10)
 
 
 def row_of(journal: Journal, row_id: int) -> JournalOrder:
@@ -112,7 +119,7 @@ def test_a_key_names_one_attempt(journal: Journal) -> None:
 
 def test_an_earlier_attempt_that_came_to_light_is_the_order(journal: Journal) -> None:
     first, second = begin(journal), 0
-    journal.not_placed(first, "not there")
+    settle(journal, first, NOT_PLACED, "not there")
     second = begin(journal, attempt=2)
     journal.record(ID, [report(journal, first)])
     for _ in range(2):  # while the second is being sent, and when it has failed
@@ -120,7 +127,7 @@ def test_an_earlier_attempt_that_came_to_light_is_the_order(journal: Journal) ->
         assert found is not None
         if found.state == SENDING:
             assert found.row_id == second
-            journal.not_placed(second, "Busy.")
+            settle(journal, second, NOT_PLACED, "Busy.")
     assert (found.row_id, found.order_id) == (first, "1")
 
 
@@ -160,7 +167,7 @@ def test_same_content(journal: Journal, changes: dict[str, Any], same: bool) -> 
 
 def test_an_order_changed_in_the_brokers_app_keeps_what_was_asked(journal: Journal) -> None:
     row_id = begin(journal)
-    journal.placed(row_id, "1")
+    settle(journal, row_id, PLACED, "1")
     journal.record(ID, [report(journal, row_id, qty=5)])
     row = row_of(journal, row_id)
     assert row.order.qty == 5 and row.same_content(REQUEST)
@@ -169,18 +176,18 @@ def test_an_order_changed_in_the_brokers_app_keeps_what_was_asked(journal: Journ
 def test_outcomes(journal: Journal) -> None:
     placed, refused, unknown, not_placed = (begin(journal, key) for key in "abcd")
     assert [row.row_id for row in journal.unsettled(ID)] == [placed, refused, unknown, not_placed]
-    journal.placed(placed, "1")
-    journal.refused(refused, "no funds")
-    journal.unknown(unknown)
-    journal.not_placed(not_placed, "not there")
+    settle(journal, placed, PLACED, "1")
+    settle(journal, refused, REFUSED, "no funds")
+    settle(journal, unknown, UNKNOWN)
+    settle(journal, not_placed, NOT_PLACED, "not there")
     states = [row_of(journal, row).state for row in (placed, refused, unknown, not_placed)]
     assert states == [PLACED, REFUSED, UNKNOWN, NOT_PLACED]
     assert [row.row_id for row in journal.unsettled(ID)] == [unknown]
     # What is settled is not unsettled by a late word, and what is placed was not "not placed".
-    journal.unknown(placed)
-    journal.not_placed(placed, "not there")
+    settle(journal, placed, UNKNOWN)
+    settle(journal, placed, NOT_PLACED, "not there")
     assert row_of(journal, placed).state == PLACED
-    journal.placed(not_placed, "4")  # the truth came late
+    settle(journal, not_placed, PLACED, "4")  # the truth came late
     row = row_of(journal, not_placed)
     assert (row.state, row.order_id, row.is_open, row.order.error_reason) == (PLACED, "4", True, "")
 
@@ -188,7 +195,7 @@ def test_outcomes(journal: Journal) -> None:
 def test_a_refusal_does_not_undo_a_fill(journal: Journal) -> None:
     row_id = begin(journal)
     journal.record(ID, [report(journal, row_id, filled_qty=3, avg_price=200)])
-    journal.refused(row_id, "no funds")
+    settle(journal, row_id, REFUSED, "no funds")
     row = row_of(journal, row_id)
     assert (row.state, row.order.filled_qty, row.order.error_reason) == (PLACED, 3, "")
 
@@ -212,7 +219,7 @@ def test_a_push_before_the_answer_without_a_mark_is_joined(journal: Journal) -> 
     row_id = begin(journal)
     journal.record(ID, [OrderReport(order(filled_qty=4, avg_price=200))])
     assert [row.state for row in journal.orders(ID, open_=None, since=None, limit=9)] == [SEEN]
-    journal.placed(row_id, "1")
+    settle(journal, row_id, PLACED, "1")
     (row,) = journal.orders(ID, open_=None, since=None, limit=9)
     assert (row.row_id, row.state, row.order.filled_qty) == (row_id, PLACED, 4)
 
@@ -229,10 +236,10 @@ def test_an_order_id_used_again_is_another_order(journal: Journal) -> None:
     """A broker that counts from 1 after a restart: yesterday's order is not today's."""
     journal.record(ID, [OrderReport(order(filled_qty=10, avg_price=200))])
     first = begin(journal, "first")
-    journal.placed(first, "1")
+    settle(journal, first, PLACED, "1")
     journal.record(ID, [report(journal, first, is_canceled=True)])
     second = begin(journal, "second")
-    journal.placed(second, "1")
+    settle(journal, second, PLACED, "1")
     row = row_of(journal, second)
     assert (row.order.filled_qty, row.order.is_canceled, row.is_open) == (0, False, True)
     journal.record(ID, [report(journal, second, filled_qty=1, avg_price=3)])
@@ -243,7 +250,7 @@ def test_an_order_id_used_again_is_another_order(journal: Journal) -> None:
 
 def test_another_order_under_the_same_mark_is_another_order(journal: Journal) -> None:
     row_id = begin(journal)
-    journal.placed(row_id, "1")
+    settle(journal, row_id, PLACED, "1")
     journal.record(ID, [report(journal, row_id, order_id="2", filled_qty=10, avg_price=1)])
     assert row_of(journal, row_id).order == order("1", qty=Decimal(10), filled_qty=0, avg_price=0)
     assert len(journal.orders(ID, open_=None, since=None, limit=9)) == 2
@@ -255,7 +262,7 @@ def test_an_order_that_is_alive_after_all(
     for key, state in (("a", REFUSED), ("b", NOT_PLACED)):
         row_id = begin(journal, key)
         before = time.time() - 60
-        (journal.refused if state == REFUSED else journal.not_placed)(row_id, "no")
+        settle(journal, row_id, state, "no")
         overtaken = report(journal, row_id, order_id=key)
         journal.record(ID, [overtaken], before)  # a push from before the answer
         assert row_of(journal, row_id).state == state
@@ -270,7 +277,7 @@ def test_an_order_that_is_alive_after_all(
 
 def test_a_partly_filled_then_cancelled_order_that_counted_as_not_placed(journal: Journal) -> None:
     row_id = begin(journal)
-    journal.not_placed(row_id, "not there")
+    settle(journal, row_id, NOT_PLACED, "not there")
     journal.record(ID, [report(journal, row_id, filled_qty=3, avg_price=5, is_canceled=True)])
     row = row_of(journal, row_id)
     assert (row.state, row.is_open, row.order.is_canceled) == (PLACED, False, True)
@@ -279,7 +286,7 @@ def test_a_partly_filled_then_cancelled_order_that_counted_as_not_placed(journal
 
 def test_no_news_is_not_written(journal: Journal, path: Path) -> None:
     row_id = begin(journal)
-    journal.placed(row_id, "1")
+    settle(journal, row_id, PLACED, "1")
     said = report(journal, row_id, filled_qty=2.5, avg_price=200.10)
     journal.record(ID, [said])
     updated = row_of(journal, row_id).updated
@@ -316,8 +323,8 @@ def test_lists(journal: Journal) -> None:
     start = datetime.now(UTC)
     rows = [begin(journal, str(number)) for number in range(6)]
     for number, row_id in enumerate(rows[:4]):
-        journal.placed(row_id, str(number))
-    journal.refused(rows[4], "no")
+        settle(journal, row_id, PLACED, str(number))
+    settle(journal, rows[4], REFUSED, "no")
     journal.record(ID, [report(journal, rows[0], order_id="0", is_canceled=True)])
     journal.record(
         ID, [OrderReport(order("old", is_canceled=True), time=start - timedelta(days=3))]
@@ -335,7 +342,7 @@ def test_lists(journal: Journal) -> None:
 
 def test_what_cannot_be_written_can_still_be_joined(journal: Journal) -> None:
     row_id = begin(journal)
-    journal.placed(row_id, "1")
+    settle(journal, row_id, PLACED, "1")
     told = [
         report(journal, row_id, filled_qty=4, avg_price=2),
         OrderReport(order("2"), contract=AAPL, direction="SELL"),
@@ -433,7 +440,7 @@ def test_the_journal_joins_as_merge_does(said: list[Order]) -> None:
         closing(Journal(f"sqlite:///{folder}/journal.sqlite")) as journal,
     ):
         row_id = begin(journal)
-        journal.placed(row_id, "1")
+        settle(journal, row_id, PLACED, "1")
         known, priced, is_open = Order("1", "USD", 10), Decimal(0), True
         for news in said:
             journal.record(ID, [report(journal, row_id, **vars(news))])
@@ -469,7 +476,7 @@ def test_each_write_reaches_the_disk_before_it_counts(path: Path) -> None:
         row_id = begin(journal)
         wal = path.with_name(path.name + "-wal")
         before = wal.stat().st_size
-        journal.placed(row_id, "1")
+        settle(journal, row_id, PLACED, "1")
         assert wal.stat().st_size > before
         # A copy of the files as they are now, as a crash would leave them, has everything.
         for name in (path.name, wal.name):
@@ -533,7 +540,7 @@ def test_other_databases(dialect: sa.Dialect) -> None:
 def test_every_query_uses_an_index(journal: Journal) -> None:
     """With a million rows each costs what it costs with a thousand."""
     row_id = begin(journal)
-    journal.placed(row_id, "1")
+    settle(journal, row_id, PLACED, "1")
     asked: list[tuple[str, Any]] = []
 
     def remember(_conn: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
@@ -544,9 +551,9 @@ def test_every_query_uses_an_index(journal: Journal) -> None:
     other = begin(journal, "b")
     journal.record(ID, [report(journal, other), OrderReport(order("7"), mark="foreign")])
     journal.record(ID, [OrderReport(order("7", filled_qty=3, avg_price=1))])
-    journal.placed(other, "1")
-    for outcome in (journal.unknown, lambda row: journal.refused(row, "")):
-        outcome(begin(journal, str(outcome)[:60]))
+    settle(journal, other, PLACED, "1")
+    for state in (UNKNOWN, REFUSED):
+        settle(journal, begin(journal, state), state)
     journal.record_fills(ID, [Fill("f", "1", 1, 1, datetime.now(UTC))])
     journal.fills(ID, "1")
     journal.by_client_order_id(ID, "a")

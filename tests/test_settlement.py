@@ -23,7 +23,15 @@ import pytest
 
 from acceptance.kit import Answer, Trader, wait_for
 from httptrading.brokers.base import OPERATIONS, BaseBroker
-from httptrading.brokers.journal import Journal, OrderRequest
+from httptrading.brokers.journal import (
+    NOT_PLACED,
+    PLACED,
+    REFUSED,
+    UNKNOWN,
+    Journal,
+    OrderRequest,
+    Outcome,
+)
 from httptrading.errors import (
     BrokerUnavailable,
     OrderNotFound,
@@ -310,10 +318,13 @@ def test_rows_of_an_earlier_life(tmp_path: Path) -> None:
             key: journal.begin(INSTANCE, key, 1, REQUEST).result(10)[0]
             for key in ("arrived", "lost", "unknown", "placed", "refused", "never")
         }
-        journal.unknown(rows["unknown"])
-        journal.placed(rows["placed"], "3")
-        journal.refused(rows["refused"], "No buying power.")
-        journal.not_placed(rows["never"], "Busy.")
+        for key, outcome in (
+            ("unknown", Outcome(UNKNOWN)),
+            ("placed", Outcome(PLACED, order_id="3")),
+            ("refused", Outcome(REFUSED, reason="No buying power.")),
+            ("never", Outcome(NOT_PLACED, reason="Busy.")),
+        ):
+            journal.settle(rows[key], outcome).result(10)
         marks = {key: journal.mark(INSTANCE, key, 1) for key in rows}
 
     def remember(script: Script) -> None:
