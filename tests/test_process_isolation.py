@@ -210,12 +210,9 @@ def test_a_frozen_neighbour_costs_nothing(on: Pair) -> None:
         target=lambda: answers.append(on.trader().quote("US", "GIL", timeout=2))
     )
     waiting.start()
-    slowest = 0.0
-    while waiting.is_alive():
-        answer = on.trader(1).cash()
-        assert answer.ok
-        slowest = max(slowest, answer.seconds)
-    assert slowest < 1.5
+    assert all(on.trader(1).cash().ok for _ in range(20))
+    assert waiting.is_alive()  # the neighbour did not wait for it
+    waiting.join(PATIENT)
     assert answers[0].code == "TIMEOUT"
 
 

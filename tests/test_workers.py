@@ -423,17 +423,13 @@ def test_a_hung_broker_is_replaced_and_hurts_nobody(tmp_path: Path) -> None:
         on.ready()
         first_thread = on.script.brokers[-1]
         with on.script.hold("place_order"):
-            placing = pool.submit(on.trader().place, LIMIT_ORDER, key="hung", timeout=1)
+            placing = pool.submit(on.trader().place, LIMIT_ORDER, key="hung", timeout=2)
             on.script.arrived("place_order")
-            slowest = 0.0
-            while not placing.done():
-                answer = on.trader(1).cash()
-                assert answer.ok
-                slowest = max(slowest, answer.seconds)
-            assert slowest < 0.9  # nobody waited for the neighbour's second
+            assert all(on.trader(1).cash().ok for _ in range(20))
+            assert not placing.done()  # the neighbour did not wait for it
             answer = placing.result()
             assert (answer.status, answer.code) == (504, "OUTCOME_UNKNOWN")
-            assert 1 <= answer.seconds < PATIENT
+            assert 2 <= answer.seconds < PATIENT
             # A fresh worker serves while the old call still hangs.
             found = wait_for(
                 lambda: (seen := on.trader().cash(timeout=5)).ok and seen, "a new worker"
