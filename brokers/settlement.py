@@ -230,9 +230,9 @@ class Settlement:
         """Until the next listing: when it can settle something, else with growing pauses."""
         now, delay = time.monotonic(), float(self._instance.broker.listing_delay)
         overs = [self._over.get(row.mark or "", now) for row in left]
-        telling = [over + delay * times - now for over in overs for times in (1.0, PATIENCE)]
-        soon = min((pause for pause in telling if pause > 0), default=self._pause())
-        return max(delay, LEAST_PAUSE, min(soon, self._pause()))
+        moments = [over + delay * times for over in overs for times in (1.0, PATIENCE)]
+        telling = min((moment for moment in moments if moment > now), default=None)
+        return self._pause() if telling is None else max(delay, LEAST_PAUSE, telling - now)
 
     def _judge(
         self, rows: list[JournalOrder], reports: list[OrderReport], began: float
