@@ -129,6 +129,20 @@ _fills = sa.Table(
     sa.Column("time", sa.Double, nullable=False),
 )
 
+# The statements of the order path are built once: building one costs more than running it.
+_INSERT = sa.insert(_orders)
+_UPDATE = sa.update(_orders).where(_orders.c.id == sa.bindparam("row"))
+_BY_ROW = sa.select(_orders).where(_orders.c.id == sa.bindparam("row"))
+_mine = _orders.c.instance_id == sa.bindparam("instance")
+_BY_MARK = sa.select(_orders).where(_mine, _orders.c.mark == sa.bindparam("by_mark"))
+_WITH_ORDER_ID = sa.select(_orders).where(_mine, _orders.c.order_id == sa.bindparam("by_order_id"))
+_BY_ORDER_ID = _WITH_ORDER_ID.order_by(_orders.c.id.desc()).limit(1)
+_EARLY = _WITH_ORDER_ID.where(_orders.c.state == SEEN, _orders.c.id > sa.bindparam("row"))
+_WITH_KEY = sa.select(_orders).where(_mine, _orders.c.client_order_id == sa.bindparam("key"))
+_NEWEST_ATTEMPT = _WITH_KEY.order_by(_orders.c.attempt.desc()).limit(1)
+_NEWEST_PLACED = _NEWEST_ATTEMPT.where(_orders.c.state == PLACED)
+_UNSETTLED = sa.select(_orders).where(_mine, _orders.c.state.in_(UNSETTLED)).order_by(_orders.c.id)
+
 MIGRATIONS: tuple[tuple[str, ...], ...] = ((),)
 """One tuple of SQL statements per schema version; version 1 is `create_all`. A change to the tables
 appends a tuple, and a journal of an older version runs what it lacks, in order."""
@@ -277,10 +291,9 @@ class Journal:
             "created": now,
             "updated": now,
         }
-        insert = sa.insert(_orders).values(values)
 
         def body(connection: sa.Connection) -> tuple[int, datetime]:
-            inserted = connection.execute(insert).inserted_primary_key
+            inserted = connection.execute(_INSERT, values).inserted_primary_key
             assert inserted is not None
             return int(inserted[0]), datetime.fromtimestamp(now, UTC)
 
@@ -297,7 +310,7 @@ class Journal:
         return self._post(lambda connection: self._apply(connection, row_id, outcome))
 
     def _apply(self, connection: sa.Connection, row_id: int, outcome: Outcome) -> None:
-        row = connection.execute(sa.select(_orders).where(_orders.c.id == row_id)).one()
+        row = connection.execute(_BY_ROW, {"row": row_id}).one()
         values: dict[str, Any] = {"state": outcome.state, "updated": time.time()}
         if outcome.state == PLACED:
             values["order_id"] = outcome.order_id
@@ -314,7 +327,7 @@ class Journal:
         if still:
             if outcome.state != UNKNOWN:
                 values |= {"error_reason": outcome.reason, "is_open": False}
-            connection.execute(sa.update(_orders).where(_orders.c.id == row_id).values(values))
+            connection.execute(_UPDATE, {"row": row_id, **values})
 
     # --- what the broker says -----------------------------------------------------------------
     def record(
@@ -346,7 +359,7 @@ class Journal:
             if values and row is not None:
                 self._change(connection, row, values)
             elif values:
-                connection.execute(sa.insert(_orders).values(values))
+                connection.execute(_INSERT, values)
 
     def joined(self, instance_id: str, reports: Iterable[OrderReport]) -> list[JournalOrder]:
         """The rows as `record` would leave them, when they cannot be written."""
@@ -367,21 +380,21 @@ class Journal:
 
         One order has one id and one mark, so neither may contradict the row's.
         """
-        mine, order_id = _orders.c.instance_id == instance_id, report.order.order_id
+        order_id = report.order.order_id
         if report.mark:
-            row = connection.execute(
-                sa.select(_orders).where(mine, _orders.c.mark == report.mark)
-            ).first()
+            marked = {"instance": instance_id, "by_mark": report.mark}
+            row = connection.execute(_BY_MARK, marked).first()
             if row is not None and (not order_id or row.order_id in (None, order_id)):
                 return row
         if not order_id:
             return None
-        statement = sa.select(_orders).where(mine, _orders.c.order_id == order_id)
+        statement = _BY_ORDER_ID
         if report.mark:
             statement = statement.where(
                 sa.or_(_orders.c.mark.is_(None), _orders.c.mark == report.mark)
             )
-        return connection.execute(statement.order_by(_orders.c.id.desc()).limit(1)).first()
+        named = {"instance": instance_id, "by_order_id": order_id}
+        return connection.execute(statement, named).first()
 
     def _plan(
         self, connection: sa.Connection, instance_id: str, report: OrderReport, moment: float
@@ -425,19 +438,13 @@ class Journal:
             log.error("an order that counted as %s is at the broker after all", row.state)
         order_id = values.get("order_id")
         if order_id is not None:
-            early = connection.execute(
-                sa.select(_orders).where(
-                    _orders.c.instance_id == row.instance_id,
-                    _orders.c.order_id == order_id,
-                    _orders.c.state == SEEN,
-                    _orders.c.id > row.id,
-                )
-            ).first()
+            named = {"instance": row.instance_id, "by_order_id": order_id, "row": row.id}
+            early = connection.execute(_EARLY, named).first()
             if early is not None:
                 connection.execute(sa.delete(_orders).where(_orders.c.id == early.id))
                 now = SimpleNamespace(**(dict(row._mapping) | values))
                 values = values | _merged(now, _order_of(early))
-        connection.execute(sa.update(_orders).where(_orders.c.id == row.id).values(values))
+        connection.execute(_UPDATE, {"row": row.id, **values})
 
     def record_fills(self, instance_id: str, fills: Iterable[Fill]) -> None:
         """Keeps executions; one that is known already changes nothing."""
@@ -475,26 +482,14 @@ class Journal:
     def by_client_order_id(self, instance_id: str, client_order_id: str) -> JournalOrder | None:
         """The newest attempt under this client order id; an earlier one if that is at the broker
         and this one is not (it had counted as not placed, and came to light later)."""
-        attempts = (
-            sa.select(_orders)
-            .where(
-                _orders.c.instance_id == instance_id, _orders.c.client_order_id == client_order_id
-            )
-            .order_by(_orders.c.attempt.desc())
-            .limit(1)
-        )
-        newest = self._one(attempts)
+        named = {"instance": instance_id, "key": client_order_id}
+        newest = self._one(_NEWEST_ATTEMPT, **named)
         if newest is None or newest.attempt == 1 or newest.state not in (NOT_PLACED, REFUSED):
             return newest
-        return self._one(attempts.where(_orders.c.state == PLACED)) or newest
+        return self._one(_NEWEST_PLACED, **named) or newest
 
     def by_order_id(self, instance_id: str, order_id: str) -> JournalOrder | None:
-        return self._one(
-            sa.select(_orders)
-            .where(_orders.c.instance_id == instance_id, _orders.c.order_id == order_id)
-            .order_by(_orders.c.id.desc())
-            .limit(1)
-        )
+        return self._one(_BY_ORDER_ID, instance=instance_id, by_order_id=order_id)
 
     def sent_ages(self, instance_id: str, seconds: float) -> list[float]:
         """How many seconds ago each order was sent, for those of the last `seconds`."""
@@ -509,15 +504,11 @@ class Journal:
         return [max(0.0, age) for age in ages if age < seconds]
 
     def by_row_id(self, row_id: int) -> JournalOrder | None:
-        return self._one(sa.select(_orders).where(_orders.c.id == row_id))
+        return self._one(_BY_ROW, row=row_id)
 
     def unsettled(self, instance_id: str) -> list[JournalOrder]:
         """Rows whose order may or may not be at the broker, oldest first."""
-        return self._many(
-            sa.select(_orders)
-            .where(_orders.c.instance_id == instance_id, _orders.c.state.in_(UNSETTLED))
-            .order_by(_orders.c.id)
-        )
+        return self._many(_UNSETTLED, instance=instance_id)
 
     def orders(
         self, instance_id: str, *, open_: bool | None, since: datetime | None, limit: int
@@ -547,13 +538,13 @@ class Journal:
                 for row in rows
             ]
 
-    def _one(self, statement: sa.Select[Any]) -> JournalOrder | None:
-        rows = self._many(statement)
+    def _one(self, statement: sa.Select[Any], **values: Any) -> JournalOrder | None:
+        rows = self._many(statement, **values)
         return rows[0] if rows else None
 
-    def _many(self, statement: sa.Select[Any]) -> list[JournalOrder]:
+    def _many(self, statement: sa.Select[Any], **values: Any) -> list[JournalOrder]:
         with self._connected() as connection:
-            return [_journal_order(row) for row in connection.execute(statement)]
+            return [_journal_order(row) for row in connection.execute(statement, values)]
 
     # --- the database -------------------------------------------------------------------------
     def _write(self, body: Callable[[sa.Connection], _Result]) -> _Result:
