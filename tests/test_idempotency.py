@@ -260,12 +260,11 @@ def test_a_queue_that_is_full_or_too_slow_does_not(tmp_path: Path) -> None:
                 waiting = pool.submit(on.trader().place, LIMIT_ORDER, key="late", timeout=1)
                 late = waiting.result(20)
                 queued = pool.submit(on.trader().place, LIMIT_ORDER, key="queued", timeout=20)
-                busy = wait_for(
-                    lambda: (lambda a: a if a.code == "BUSY" else None)(
-                        trader.place(LIMIT_ORDER, key="busy", timeout=1)
-                    ),
+                wait_for(
+                    lambda: trader.get("instance/state")["state"]["connections"][0]["queued"],
                     "a full queue",
                 )
+                busy = trader.place(LIMIT_ORDER, key="busy", timeout=1)
             assert sent.result(20).ok and queued.result(20).ok
         assert (late.status, late.code, late.error["outcome"]) == (504, "TIMEOUT", "none")
         assert busy.status == 503 and "Retry-After" in busy.headers
