@@ -32,7 +32,13 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import (
+    DataError,
+    IntegrityError,
+    OperationalError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
 
 from httptrading.brokers.group_commit import GroupCommit
 from httptrading.errors import Busy
@@ -88,10 +94,10 @@ _orders = sa.Table(
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("mark", sa.String(24)),
     sa.Column("state", sa.String(12), nullable=False),
-    sa.Column("order_id", _name(64)),
+    sa.Column("order_id", _name(128)),
     sa.Column("trade_type", sa.String(16)),
     sa.Column("region", sa.String(8)),
-    sa.Column("ticker", sa.String(16)),
+    sa.Column("ticker", sa.String(64)),
     sa.Column("direction", sa.String(8)),
     sa.Column("order_type", sa.String(16)),
     sa.Column("time_in_force", sa.String(8)),
@@ -122,8 +128,8 @@ _fills = sa.Table(
     "fills",
     _metadata,
     sa.Column("instance_id", _name(32), primary_key=True),
-    sa.Column("order_id", _name(64), primary_key=True),
-    sa.Column("fill_id", _name(64), primary_key=True),
+    sa.Column("order_id", _name(128), primary_key=True),
+    sa.Column("fill_id", _name(128), primary_key=True),
     sa.Column("qty", sa.String(40), nullable=False),
     sa.Column("price", sa.String(40), nullable=False),
     sa.Column("time", sa.Double, nullable=False),
@@ -633,7 +639,10 @@ class Journal:
 
 
 def _unwritable(error: SQLAlchemyError) -> Busy:
+    """With `retry_after` when the database as a whole does not take anything now."""
     log.error("the journal cannot be written (%s)", _cause(error))
+    if isinstance(error, DataError | IntegrityError | ProgrammingError):
+        return Busy("The order journal does not take this; nothing was sent.")
     return Busy(
         "The order journal cannot be written (is the disk full?); nothing was sent.",
         retry_after=5,

@@ -111,7 +111,9 @@ class Recorder:
         while True:
             try:
                 self._record(mine)
-            except Busy:
+            except Busy as error:
+                if error.retry_after is None:  # it is not the journal's state, but what is written
+                    return False
                 if not self._stopping.wait(RETRY):
                     continue
                 log.error("the journal could not be written until the end; pushes are lost")

@@ -1,0 +1,122 @@
+"""The recorder: pushes reach the journal in few transactions, and outlast one that is stuck."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.exc import DataError, OperationalError
+
+from httptrading.brokers.journal import Journal
+from httptrading.brokers.recorder import Recorder
+from httptrading.errors import Busy
+from httptrading.model import Order, OrderReport
+
+ID = "RecorderInstance1"
+
+
+class Broken(Journal):
+    """A journal whose writes fail as a database makes them fail."""
+
+    failure: Exception | None = None
+    odd = ""  # an order id that is not taken
+
+    def _join(self, connection: sa.Connection, instance_id: str, *rest: Any) -> None:
+        reports = rest[0]
+        if self.failure is not None:
+            raise self.failure
+        if self.odd and any(report.order.order_id == self.odd for report in reports):
+            raise DataError("INSERT", {}, ValueError("too long"))
+        super()._join(connection, instance_id, *rest)
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Broken]:
+    with closing(Broken(f"sqlite:///{tmp_path / 'journal.sqlite'}")) as journal:
+        yield journal
+
+
+@pytest.fixture
+def recorder(journal: Broken) -> Iterator[Recorder]:
+    recorder = Recorder(journal)
+    recorder.start()
+    yield recorder
+    recorder.stop(10)
+
+
+def push(recorder: Recorder, order_id: str, **fields: Any) -> threading.Event:
+    """The event is set when it has been written."""
+    written = threading.Event()
+    report = OrderReport(replace(Order(order_id, "USD", 10), **fields))
+    recorder.reports(ID, (report,), 0.0, written.set)
+    return written
+
+
+def known(journal: Journal) -> set[str]:
+    return {row.order_id for row in journal.orders(ID, open_=None, since=None, limit=1000)}
+
+
+def test_a_storm_costs_few_transactions(journal: Broken, recorder: Recorder) -> None:
+    commits: list[Any] = []
+    gate = threading.Event()
+    journal._commits.post(lambda connection: gate.wait(10))
+    sa.event.listen(journal._writer, "commit", commits.append)
+    told = [push(recorder, str(number % 50), filled_qty=number // 50) for number in range(500)]
+    gate.set()
+    assert all(written.wait(10) for written in told)
+    assert len(commits) < 20
+    rows = journal.orders(ID, open_=None, since=None, limit=1000)
+    assert len(rows) == 50 and all(row.order.filled_qty == 9 for row in rows)
+
+
+def test_a_stuck_journal_gets_them_later(journal: Broken, recorder: Recorder) -> None:
+    journal.failure = OperationalError("INSERT", {}, OSError("disk full"))
+    outcomes: list[str] = []
+
+    def write() -> None:
+        if journal.failure is not None:
+            raise Busy("disk full", retry_after=1)
+        outcomes.append("written")
+
+    ended = threading.Event()
+    told = [push(recorder, str(number)) for number in range(3)]
+    recorder.outcome(ID, write, ended.set)
+    assert not told[0].wait(0.8) and known(journal) == set()
+    journal.failure = None
+    assert all(written.wait(10) for written in told) and ended.wait(10)
+    assert known(journal) == {"0", "1", "2"} and outcomes == ["written"]
+
+
+def test_an_odd_push_takes_no_other_with_it(journal: Broken, recorder: Recorder) -> None:
+    journal.odd = "odd"
+    gate = threading.Event()
+    journal._commits.post(lambda connection: gate.wait(10))
+    push(recorder, "before")
+    odd = push(recorder, "odd")
+    after = push(recorder, "after")
+    gate.set()
+    assert after.wait(10)
+    assert known(journal) == {"before", "after"} and not odd.is_set()
+
+
+def test_the_end_writes_what_has_come(journal: Broken) -> None:
+    recorder = Recorder(journal)
+    told = [push(recorder, str(number)) for number in range(1200)]
+    recorder.start()
+    recorder.stop(20)
+    assert all(written.is_set() for written in told)
+
+
+def test_the_end_does_not_wait_for_a_stuck_journal(journal: Broken) -> None:
+    journal.failure = OperationalError("INSERT", {}, OSError("disk full"))
+    recorder = Recorder(journal)
+    recorder.start()
+    written = push(recorder, "1")
+    recorder.stop(10)
+    assert not recorder._thread.is_alive() and not written.is_set()
