@@ -70,7 +70,7 @@ class Pair:
 
 @contextmanager
 def pair(folder: Path, **settings: Any) -> Iterator[Pair]:
-    settings = {"isolation": "process", "hard_limit": 0.3} | settings
+    settings = {"isolation": "process", "hard_limit": 1.0} | settings
     app = create_app(
         brokers=[
             InstanceSettings(

@@ -262,7 +262,8 @@ def stage(
         kind({"script": script}, f"ScriptedBroker{number:04}", [f"scriptedToken{number:06}"])
         for number, script in enumerate(scripts)
     ]
-    settings.setdefault("hard_limit", 0.3)
+    # Long enough for a busy machine: a thread that does not get its turn for so long is replaced.
+    settings.setdefault("hard_limit", 1.0)
     app = create_app(
         brokers=[InstanceSettings(broker, **settings) for broker in brokers],
         data_dir=data_dir,
