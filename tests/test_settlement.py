@@ -6,10 +6,12 @@ takes nothing more.
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -34,6 +36,7 @@ from httptrading.brokers.journal import (
 )
 from httptrading.errors import (
     BrokerUnavailable,
+    HttpTradingError,
     OrderNotFound,
     OutcomeUnknown,
     RateLimited,
@@ -226,6 +229,74 @@ def test_a_listing_that_began_before_the_order_proves_nothing(tmp_path: Path) ->
         unknown(trader.state(key="k"))
         del on.script.do["recent_orders"]
         until(lambda: trader.state(key="k"), "")
+
+
+def test_deadlines_that_pass_at_any_moment(tmp_path: Path) -> None:
+    """In the queue, while it is recorded, while it is sent, just after: what a client is told is
+    true at that moment, and in the end each order is there once."""
+    with stage(tmp_path, hard_limit=0.2) as on:
+        on.ready()
+        instance = on.gateway.instance(INSTANCE)
+        lock = threading.Lock()
+        keys_there: list[str] = []
+        refused: set[str] = set()
+
+        def place_order(**arguments: Any) -> str:
+            chance = random.Random(arguments["mark"])
+            time.sleep(chance.uniform(0, 0.02))
+            what = chance.random()
+            key = arguments["client_order_id"]
+            if what < 0.1:
+                with lock:
+                    refused.add(key)
+                raise Rejected("No.")
+            if what < 0.2:
+                raise OutcomeUnknown("Cut before it arrived.")
+            if what < 0.25:
+                raise RateLimited("Too fast.")
+            with lock:
+                keys_there.append(key)
+                order_id: str = on.script.usual("place_order", arguments)
+            time.sleep(chance.uniform(0, 0.02))
+            if what < 0.35:
+                raise OutcomeUnknown("Cut after it arrived.")
+            return order_id
+
+        on.script.do["place_order"] = place_order
+        problems: list[str] = []
+
+        def trade(number: int) -> None:
+            chance = random.Random(number)
+            for key in (f"{number}-{each}" for each in range(12)):
+                in_doubt = False
+                for turn in range(100):
+                    patience = chance.uniform(0, 0.08) if turn < 4 else 10.0
+                    try:
+                        placed = instance.place(REQUEST, key, time.monotonic() + patience)
+                    except Rejected:
+                        if key not in refused or key in keys_there:
+                            problems.append(f"{key}: refused, they say")
+                        break
+                    except HttpTradingError as error:
+                        in_doubt = in_doubt or error.outcome == "unknown"
+                        if not in_doubt and key in keys_there:
+                            problems.append(f"{key}: not sent, they say: {error!r}")
+                        continue
+                    marks = [call.arguments for call in on.script.calls("place_order")]
+                    mine = {one["mark"] for one in marks if one["client_order_id"] == key}
+                    there = [one for one in list(on.script.orders) if one.mark in mine]
+                    if [one.order.order_id for one in there] != [placed.order_id]:
+                        problems.append(f"{key}: {placed} is not {there}")
+                    break
+                else:
+                    problems.append(f"{key}: never answered")
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(trade, range(8)))
+        assert not problems, problems
+        assert max(Counter(keys_there).values()) == 1
+        assert len(keys_there) + len(refused - set(keys_there)) == 8 * 12
+        wait_for(lambda: instance.state().unsettled == 0 or None, "every row to be settled")
 
 
 # --- marks --------------------------------------------------------------------------------------
