@@ -6,7 +6,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal, TypeVar
 
 from flask import Request
@@ -87,7 +87,7 @@ class Ask:
         self.deadline = self.began + seconds
 
     def query(self, schema: type[Schema], kind: type[_Loaded]) -> _Loaded:
-        return _load(_loader(schema), self.request.args.to_dict(), kind)
+        return _of_kind(_load_query(schema, tuple(self.request.args.items())), kind)
 
     def body(self, schema: type[Schema], kind: type[_Loaded]) -> _Loaded:
         """The JSON body, loaded; every bad field is named."""
@@ -113,8 +113,8 @@ class Ask:
         if not isinstance(self.raw_body, dict):
             raise InvalidRequest("The body must be a JSON object.")
         if self.reword is not None:
-            return _load(_loader(schema, EXCLUDE), self.reword(self.raw_body), kind)
-        return _load(_loader(schema), self.raw_body, kind)
+            return _of_kind(_load(_loader(schema, EXCLUDE), self.reword(self.raw_body)), kind)
+        return _of_kind(_load(_loader(schema), self.raw_body), kind)
 
 
 @cache
@@ -123,15 +123,24 @@ def _loader(schema: type[Schema], unknown: Literal["exclude"] | None = None) -> 
     return schema(unknown=unknown)
 
 
-def _load(schema: Schema, data: Any, kind: type[_Loaded]) -> _Loaded:
+@lru_cache(1000)
+def _load_query(schema: type[Schema], query: tuple[tuple[str, str], ...]) -> Any:
+    """Who polls asks the same again and again; what is loaded is never changed."""
+    return _load(_loader(schema), dict(query))
+
+
+def _load(schema: Schema, data: Any) -> Any:
     try:
-        loaded = schema.load(data)
+        return schema.load(data)
     except ValidationError as error:
         fields = _flat(error.messages_dict)
         listed = "; ".join(f"{name} {', '.join(texts)}" for name, texts in fields.items())
         raise InvalidRequest(f"The request is not valid: {listed}.", fields) from None
+
+
+def _of_kind(loaded: Any, kind: type[_Loaded]) -> _Loaded:
     if not isinstance(loaded, kind):
-        raise TypeError(f"{type(schema).__name__} loads no {kind.__name__}")
+        raise TypeError(f"the schema loads a {type(loaded).__name__}, not a {kind.__name__}")
     return loaded
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from marshmallow import Schema, fields
@@ -154,18 +154,26 @@ def _dumper(schema: type[Schema]) -> Schema:
     return schema()
 
 
-def dump(schema: type[Schema], value: Any) -> dict[str, Any]:
-    """One node."""
-    found: dict[str, Any] = _dumper(schema).dump(value)
+def dump(schema: type[Schema], value: Any) -> Mapping[str, Any]:
+    """One node, not to be changed: what is answered from memory again is not worded again."""
+    try:
+        return _dump_hashable(schema, value)
+    except TypeError:  # a custom broker's own kind of answer need not be hashable
+        return _dump(schema, value)
+
+
+def _dump(schema: type[Schema], value: Any) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = _dumper(schema).dump(value)
     return found
+
+
+_dump_hashable = lru_cache(1000)(_dump)
 
 
 def dump_args(body: Any) -> dict[str, Any]:
     """What was asked for; without a price for a market order."""
-    found = dump(ArgsNode, body)
-    if found["price"] is None:
-        del found["price"]
-    return found
+    found = _dumper(ArgsNode).dump(body)
+    return {key: value for key, value in found.items() if key != "price" or value is not None}
 
 
 def dump_market_status(states: Mapping[str, Mapping[str, MarketStatus]]) -> dict[str, Any]:
@@ -181,7 +189,7 @@ def dump_market_status(states: Mapping[str, Mapping[str, MarketStatus]]) -> dict
 
 def dump_listed_order(row: Any) -> dict[str, Any]:
     """A journal row: its order's node, and what was asked for."""
-    return dump(OrderNode, row.order) | dump(AskedNode, row)
+    return {**dump(OrderNode, row.order), **dump(AskedNode, row)}
 
 
 def dump_instance_state(state: Any) -> dict[str, Any]:
