@@ -104,6 +104,8 @@ class ChildBroker:
         prototype = copy.copy(self._prototype)
         prototype.tokens = []  # the child has no use for them
         prototype._link = None
+        # Set anew in the child; a Path pickled by Python 3.13 cannot be read by any other.
+        vars(prototype).pop("data_dir", None)
         try:
             broker = pickle.dumps(prototype, PICKLE_PROTOCOL)
         except Exception as error:  # anything may stand in an argument
