@@ -388,8 +388,10 @@ class Instance:
                         raise
                     continue  # that request has found it unsettled: wait for that as it does
                 except HttpTradingError as error:
-                    # Nothing was sent for that request, and this one has a right of its own to try.
-                    if not error.retryable or time.monotonic() >= deadline:
+                    # What the broker was asked and said is said to all; but a request that gave
+                    # up before leaves this one its right to try.
+                    asked = placement.call is not None and placement.call.began is not None
+                    if asked or not error.retryable or time.monotonic() >= deadline:
                         raise
                     continue
             try:
