@@ -820,6 +820,33 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert done.returncode == 0 and "as it should be" in done.stdout, done.stdout + done.stderr
 
 
+def test_a_journal_that_cannot_even_be_read(on: Stage, tmp_path: Path) -> None:
+    """No order is placed; what the broker itself can tell and cancel goes on."""
+    trader = on.trader()
+    order_id = trader.placed(LIMIT_ORDER, key="first")
+    path = tmp_path / "journal.sqlite"
+    path.rename(tmp_path / "away")
+    path.mkdir()
+    on.gateway._journal._reader.dispose()
+    for key in ("first", "new"):
+        answer = trader.place(LIMIT_ORDER, key=key)
+        assert (answer.status, answer.code) == (503, "BUSY"), answer
+        assert "journal" in answer.body["ex"]
+    assert len(on.script.calls("place_order")) == 1
+    assert trader.cash().ok and trader.positions().ok
+    assert trader.order(order_id)["qty"] == 12
+    fill = Fill("f1", order_id, 1, 200, datetime.now(UTC))
+    on.script.do["fills"] = lambda **_: [fill]
+    assert len(trader.fills(order_id)["fills"]) == 1
+    assert trader.state(key="first").code == trader.orders().code == "BUSY"
+    (node,) = trader.post("order/cancel-all", {})["orders"]
+    assert (node["orderId"], node["requested"]) == (order_id, True)
+    assert trader.cancel(order_id).ok
+    path.rmdir()
+    (tmp_path / "away").rename(path)
+    assert trader.place(LIMIT_ORDER, key="first").replayed
+
+
 def test_a_disk_that_hangs(on: Stage) -> None:
     """The request ends by its deadline, nothing is sent, and what is written late is settled."""
     trader: Trader = on.trader()
