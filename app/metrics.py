@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 from collections.abc import Iterator
 from typing import Any
 
 from flask import Response
 
+from httptrading.app.config import masked
 from httptrading.brokers.gateway import Gateway
 
 
@@ -76,7 +78,7 @@ class Metrics:
             labels=("instance",),
         )
         for instance in self._gateway.instances().values():
-            name = instance.masked_id
+            name = _label(instance.id)
             state = instance.state()
             for connection in state.connections:
                 at = (name, connection.name)
@@ -91,3 +93,8 @@ class Metrics:
             unknown.add_metric((name,), state.unsettled)
             age.add_metric((name,), state.unsettled_seconds)
         yield from (connected, queued, reconnects, replaced, memory, left, unknown, age)
+
+
+def _label(instance_id: str) -> str:
+    """Masked as in the logs, and unlike that of another instance that begins the same."""
+    return f"{masked(instance_id)}{hashlib.sha256(instance_id.encode()).hexdigest()[:6]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def test_metrics_count_requests_and_show_the_gateway(app: Flask) -> None:
         )
     client.get(f"/httptrading/api/{INSTANCE}/position/state", headers=HEADERS)
     found = samples(app)
-    at = (("instance", INSTANCE[:4] + "…"),)
+    digest = hashlib.sha256(INSTANCE.encode()).hexdigest()[:6]
+    at = (("instance", f"{INSTANCE[:4]}…{digest}"),)
     trade = (("connection", "trade"), *at)
     asked = ("httptrading_requests_total", (("outcome", "OK"), ("route", "cash/state")))
     refused = (
