@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections import Counter
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from httptrading.brokers.journal import (
@@ -48,6 +49,9 @@ LEAST_PAUSE, GROWTH, LONGEST_PAUSE = 0.2, 1.5, 30.0
 
 LOOK_UP = 10
 """Open orders missing from the listing after a reconnect that are asked for one by one."""
+
+CLOCKS_DIFFER = timedelta(minutes=5)
+"""How far the broker's clock may be behind ours; an order from before cannot be one of ours."""
 
 POLL = 0.25
 """Seconds between two looks into the journal while somebody waits for a row."""
@@ -309,4 +313,5 @@ def _like(row: JournalOrder, report: OrderReport) -> bool:
         and report.contract in (row.contract, None)
         and report.direction in (row.direction, None)
         and report.order_type in (row.order_type, None)
+        and (report.time is None or report.time > row.created - CLOCKS_DIFFER)
     )

@@ -326,6 +326,7 @@ def test_an_order_like_it_without_a_mark_keeps_it_unknown(on: Stage) -> None:
         {"order": Order("77", "USD", 13)},
         {"mark": "somebody else's"},
         {"order_type": OrderType.Market},
+        {"time": datetime.now(UTC) - timedelta(hours=1)},
     ],
 )
 def test_a_persons_own_order_beside_it_is_no_hindrance(on: Stage, changes: dict[str, Any]) -> None:
