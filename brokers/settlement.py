@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from httptrading.brokers.journal import (
@@ -306,6 +306,13 @@ class Settlement:
                 return
 
 
+def _from_before(row: JournalOrder, moment: datetime | None) -> bool:
+    """Surely: a time without a zone may be any."""
+    if moment is None or moment.tzinfo is None:
+        return False
+    return moment < row.created - CLOCKS_DIFFER
+
+
 def _like(row: JournalOrder, report: OrderReport) -> bool:
     """Whether a report could be of this row's order; what it does not tell, it may be."""
     return (
@@ -313,5 +320,5 @@ def _like(row: JournalOrder, report: OrderReport) -> bool:
         and report.contract in (row.contract, None)
         and report.direction in (row.direction, None)
         and report.order_type in (row.order_type, None)
-        and (report.time is None or report.time > row.created - CLOCKS_DIFFER)
+        and not _from_before(row, report.time)
     )

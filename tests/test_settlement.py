@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -300,13 +300,16 @@ def test_deadlines_that_pass_at_any_moment(tmp_path: Path) -> None:
 
 
 # --- marks --------------------------------------------------------------------------------------
-def test_an_order_like_it_without_a_mark_keeps_it_unknown(on: Stage) -> None:
+@pytest.mark.parametrize("zone", [UTC, None])
+def test_an_order_like_it_without_a_mark_keeps_it_unknown(on: Stage, zone: timezone | None) -> None:
     """A broker that drops the tag: the listing may or may not have the order. Nobody guesses."""
     trader = on.trader()
 
     def unmarked(**arguments: Any) -> str:
         arguments["mark"] = ""
         on.script.usual("place_order", arguments)
+        moment = datetime.now(UTC).replace(tzinfo=zone)
+        on.script.orders[0] = replace(on.script.orders[0], time=moment)
         raise OutcomeUnknown("The line was cut.")
 
     on.script.do["place_order"] = unmarked
