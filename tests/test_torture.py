@@ -182,7 +182,8 @@ class Chaos:
         self.random = random.Random(seed)
         self.stop = threading.Event()
         self.every = min(40.0, run.orders / 18)  # answers between two blows, on average
-        self.blows = [self.kill_worker, self.kill_child, self.kill_all, self.cut]
+        kills = [self.kill_worker, self.kill_child, self.kill_all]
+        self.blows = [*kills, *kills, self.cut]
 
     def rage(self) -> None:
         try:
