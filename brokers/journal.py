@@ -235,6 +235,7 @@ class Journal:
         self._writer = sa.create_engine(url, pool_size=1, pool_pre_ping=ping)
         self._commits = GroupCommit(self._writer, _unwritable)
         self._opening = threading.Lock()
+        self._closed = False
         self._gateway_id: str | None = None
         self._file: Path | None = None
         if is_sqlite:
@@ -249,6 +250,7 @@ class Journal:
 
     def close(self) -> None:
         self._commits.close(2.0)
+        self._closed = True
         self._reader.dispose()
         self._writer.dispose()
 
@@ -572,6 +574,8 @@ class Journal:
         try:
             with self._reader.connect() as connection:
                 yield connection
+                if self._closed:  # meanwhile: the pool it would go back to is no more
+                    connection.invalidate()
         except SQLAlchemyError as error:
             log.error("the journal cannot be read (%s)", _cause(error))
             raise Busy(
