@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from bench import journal
 from bench.load import Connection, p50, p99, paced, prepare, together
 from bench.peers import directly, simulators
 from httptrading.brokers.registry import broker_class
@@ -320,6 +321,17 @@ def deaf(instance: Mapping[str, Any], port: int) -> dict[str, Any]:
     return {**instance, "args": args}
 
 
+def journal_size() -> Iterator[Row]:
+    """The journal with 1,000,000 orders beside one with 1,000."""
+    for operation, few, many in journal.measure():
+        yield (
+            f"journal, 1,000,000 orders: {operation}",
+            ms(many),
+            f"1,000 orders {ms(few)}",
+            f"{many / few:.2f} (about 1)",
+        )
+
+
 def costs(fleet: list[Mapping[str, Any]]) -> Iterator[Row]:
     """Start-up and memory."""
     with tempfile.TemporaryDirectory() as folder:
@@ -374,6 +386,7 @@ def main() -> None:
             "bursts": lambda: bursts(fleet),
             "polling": lambda: polling(fleet),
             "neighbours": lambda: neighbours(fleet),
+            "journal": journal_size,
         }
         for name, section in sections.items():
             if wanted and name not in wanted:
