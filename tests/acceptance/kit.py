@@ -309,13 +309,20 @@ class Subject:
         return Trader(self.app, self.broker.instance_id, self.broker.tokens[0])
 
     def ready(self) -> None:
-        """Waits until the broker serves a read, and once, at first, that it takes an order: what
-        it does before a first order (unlocking, say) must not meet a case's fault."""
+        """Waits until the broker serves a read, and once, at first, until all of its connections
+        are there (that of pushes, say) and it takes an order: what it does before a first order
+        (unlocking, say) must not meet a case's fault."""
         trader = self.trader()
         wait_for(lambda: trader.cash().ok, "the broker to serve cash/state")
         if not self._has_traded:
+            wait_for(lambda: self.is_connected(trader), "every connection of the broker")
             trader.cancel(trader.placed(self.limit()))
             self._has_traded = True
+
+    @staticmethod
+    def is_connected(trader: Trader) -> bool:
+        connections = trader.get("instance/state")["state"]["connections"]
+        return all(connection["connected"] for connection in connections)
 
     def calm(self) -> None:
         """Takes back what a case left behind."""
