@@ -26,7 +26,7 @@ from httptrading.brokers.registry import broker_class
 from simulators.fleet import ROOT, Service, free_port
 
 PER_SECOND = 20.0
-SECONDS = 5.0
+SECONDS = 3.0
 UNLIMITED = 1_000_000
 PAPER = {"broker": "Paper", "id": "benchPaper0000001", "tokens": ["token-of-the-paper-bench"]}
 

@@ -106,22 +106,18 @@ def free_port() -> int:
 
 
 def configuration(instances: list[Mapping[str, Any]], **service: Any) -> str:
-    """A TOML file's text; JSON values are TOML values for everything used here."""
+    """A TOML file's text."""
+
+    def toml(value: Any) -> str:
+        if isinstance(value, Mapping):
+            pairs = (f"{json.dumps(key)} = {toml(item)}" for key, item in value.items())
+            return f"{{ {', '.join(pairs)} }}"
+        return json.dumps(value)  # strings, numbers, booleans and lists are written alike
 
     def table(values: Mapping[str, Any]) -> str:
-        return "".join(
-            f"{key} = {json.dumps(value)}\n"
-            for key, value in values.items()
-            if not isinstance(value, Mapping)
-        )
+        return "".join(f"{key} = {toml(value)}\n" for key, value in values.items())
 
-    text = table(service)
-    for instance in instances:
-        text += "\n[[instance]]\n" + table(instance)
-        for key, value in instance.items():
-            if isinstance(value, Mapping):
-                text += f"[instance.{key}]\n" + table(value)
-    return text
+    return table(service) + "".join(f"\n[[instance]]\n{table(one)}" for one in instances)
 
 
 def instances_of(members: Mapping[str, Member], **more: Any) -> list[Mapping[str, Any]]:
