@@ -239,7 +239,7 @@ class Stage:
     def ready(self) -> None:
         for number in range(len(self.brokers)):
             trader = self.trader(number)
-            wait_for(lambda trader=trader: trader.ping()["pong"], "the broker to connect")
+            wait_for(lambda trader=trader: trader.ping().body.get("pong"), "the broker to connect")
             # The gateway's own look at what is open; tests count calls and queues after it.
             self.scripts[number].arrived("recent_orders")
 
