@@ -11,6 +11,7 @@ import pytest
 from flask import Flask
 from prometheus_client.parser import text_string_to_metric_families
 
+from acceptance.kit import wait_for
 from httptrading import BaseBroker, BrokerUnavailable, Window, combine, create_app
 from httptrading.brokers.base import Combination
 from httptrading.model import Cash, Lifecycle, OrderType, TimeInForce
@@ -135,8 +136,8 @@ def test_instance_state_tells_limits_and_what_the_broker_takes(app: Flask) -> No
 
 
 def test_instance_state_tells_why_a_broker_is_down(app: Flask) -> None:
-    path = f"/httptrading/api/{DOWN}/cash/state"
-    app.test_client().get(path, headers={"HT-TOKEN": DOWN_TOKEN, "HT-TIMEOUT": "1"})
-    connection = state(app, DOWN, DOWN_TOKEN)["connections"][0]
-    assert connection["connected"] is False
-    assert connection["lastError"] == "The cable is out"
+    def told() -> str:
+        return str(state(app, DOWN, DOWN_TOKEN)["connections"][0]["lastError"])
+
+    assert wait_for(told, "the reason") == "The cable is out"
+    assert state(app, DOWN, DOWN_TOKEN)["connections"][0]["connected"] is False
