@@ -88,7 +88,14 @@ ANSWER_GRACE = 0.1
 WORTH_ASKING = 0.5
 """Seconds that must be left for a read to be asked again after another reader's call timed out."""
 
-_NOTHING_SENT = (BrokerUnavailable, InvalidRequest, NotSentInTime, RateLimited, Unsupported)
+_NOTHING_SENT = (
+    BrokerUnavailable,
+    Busy,
+    InvalidRequest,
+    NotSentInTime,
+    RateLimited,
+    Unsupported,
+)
 """With these an operation that changes something promises that it did nothing; any other error,
 but for the broker's refusal, leaves it open."""
 
@@ -111,6 +118,7 @@ class Placement(Future[str]):
         self.request = request
         self.mark = ""
         self.call: Call | None = None
+        self.answer: str | HttpTradingError | None = None  # known; done when that is durable
         self.row_id: int | None = None  # None until it is in the journal
         self.created: datetime | None = None
 
@@ -533,6 +541,7 @@ class Instance:
         self, key: str, placement: Placement, outcome: Outcome, answer: str | HttpTradingError
     ) -> None:
         """Writes the outcome; when it is durable, those who wait for the order are answered."""
+        placement.answer = answer
 
         def resolve() -> None:
             self._forget(key, placement)
@@ -579,13 +588,16 @@ class Instance:
             call = placement.call
             worker = self._worker("place_order")
             if not replayed and call is not None and worker.withdraw(call):
-                error = worker.unavailable() or not_sent_in_time()
-                call.set_exception(error)
-                # Until it is recorded the key is taken; then the same key may try again.
-                wait([placement], WRITE_SECONDS)
-                raise _own(error) from None
-            self.settlement.call_late(placement.mark)
-            raise _unknown(key) from None
+                call.set_exception(worker.unavailable() or not_sent_in_time())
+            answer = placement.answer
+            if answer is None:
+                self.settlement.call_late(placement.mark)
+                raise _unknown(key) from None
+            # Until it is recorded the key is taken.
+            wait([placement], WRITE_SECONDS)
+            if isinstance(answer, HttpTradingError):
+                raise _own(answer, replayed) from None
+            order_id = answer
         except HttpTradingError as error:
             raise _own(error, replayed) from None
         return Placed(order_id, key, placement.created or datetime.now(UTC), replayed)

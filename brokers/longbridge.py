@@ -286,6 +286,10 @@ class LongBridge(BaseBroker):
         except TokenFileError as error:
             raise BrokerUnavailable(str(error)) from None
 
+    def _holds_the_only_token(self) -> bool:
+        """Then BrokerUnavailable, which ends this connection, would lose it."""
+        return self._renewer is not None and self._renewer.holds_the_only_token
+
     # --- asking -------------------------------------------------------------------------------
     async def _get(self, path: str, query: Query | None = None) -> Any:
         """A read's `data`."""
@@ -314,22 +318,23 @@ class LongBridge(BaseBroker):
         body: Mapping[str, str] | None = None,
     ) -> Any:
         assert self._rest is not None
-        self._usable_token(self._file.current)
+        used = self._usable_token(self._file.current)
         try:
             return await self._rest.request(method, path, query, body)
         except TokenFileError as error:
             raise BrokerUnavailable(str(error)) from None
         except NotSent as error:
             what = "certificates and clock" if "SSL" in str(error) else "network and proxy"
-            raise BrokerUnavailable(
-                f"LongBridge cannot be reached ({error}): check this machine's {what}"
-            ) from None
+            text = f"LongBridge cannot be reached ({error}): check this machine's {what}"
+            if self._holds_the_only_token():
+                raise Busy(f"{text}; nothing was sent", retry_after=1) from None
+            raise BrokerUnavailable(text) from None
         except Refused as refused:
-            if refused.status == 401 and self._renewer is not None and self._renewer.is_renewing:
-                # The old token is dead and the new one on its way. No BrokerUnavailable: closing
-                # this connection now could lose it.
+            # Whether the old token died while this was under way: the new one is here, or coming.
+            renewed = self._usable_token(self._file.current).text != used.text
+            if refused.status == 401 and (renewed or self._holds_the_only_token()):
                 raise Busy(
-                    "LongBridge's token is being renewed; nothing was done", retry_after=1
+                    "LongBridge's token is being renewed; nothing was sent", retry_after=1
                 ) from None
             raise refusal(refused, self._file.path) from None
 

@@ -111,6 +111,11 @@ class Renewer:
     def is_renewing(self) -> bool:
         return self._running is not None and not self._running.done()
 
+    @property
+    def holds_the_only_token(self) -> bool:
+        """Whether the token that works is, or may any moment be, nowhere but here."""
+        return self.is_renewing or self._unwritten is not None
+
     async def finish(self, seconds: float) -> None:
         """Lets a renewal under way end: its answer holds the only token that will work."""
         if self._running is not None:

@@ -90,6 +90,8 @@ class RateLimited(BrokerError):
 
 
 class Busy(BrokerError):
+    """Not now, and nothing was sent. Raised by an adapter, it leaves the connection as it is."""
+
     code = "BUSY"
     retryable = True
 

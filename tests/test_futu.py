@@ -741,7 +741,8 @@ def run_alone(home: Path, code: str) -> subprocess.CompletedProcess[str]:
     indent = len(lines[0]) - len(lines[0].lstrip())
     script = "\n".join(line[indent:] for line in lines)
     head = (
-        "import os, pathlib, signal\n"
+        "import faulthandler, os, pathlib, signal\n"
+        "faulthandler.dump_traceback_later(60, exit=True)\n"
         "from httptrading.brokers.futu import Futu\n"
         "home = pathlib.Path(os.environ['HOME'])\n"
         "(home / 'data').mkdir()\n"

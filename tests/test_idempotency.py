@@ -217,6 +217,7 @@ def test_a_stored_answer_needs_no_broker_and_no_permission(tmp_path: Path) -> No
     [
         RateLimited("The broker: too fast.", retry_after=1),
         BrokerUnavailable("The line is cut."),
+        Busy("Come back later.", retry_after=1),
         Unsupported("Not in this market."),
         InvalidRequest("A bad price."),
     ],
@@ -303,7 +304,6 @@ def test_our_own_limit_does_not(tmp_path: Path) -> None:
     [
         OutcomeUnknown("No answer."),
         TimedOut("No answer."),  # promised by nobody to mean "not sent" when placing
-        Busy("Come back later."),
         OrderNotFound("What order?"),
         InternalError("Oops."),
         ValueError("something odd in the SDK"),

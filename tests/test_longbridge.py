@@ -568,6 +568,14 @@ class TestToken:
 
             wait_for(trades_with_the_new_one, "the new token to be used")
             assert read_token(path, "app-key").text == "token-1"
+            # The connection keeps it while the network is down.
+            server.stop()
+            wait_for(lambda: trader.cash().code == "BUSY", "an answer that nothing is reachable")
+            refused = trader.place(ORDER, key="later")
+            assert (refused.code, refused.error["outcome"]) == ("BUSY", "none")
+            server.start()
+            wait_for(trades_with_the_new_one, "the new token still to be used")
+            assert not trader.place(ORDER, key="later").replayed
             obstacle.rmdir()
             wait_for(lambda: read_token(path, "app-key").text == new, "the new token on disk")
         assert len(exchange.received("refresh")) == 1
