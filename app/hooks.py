@@ -16,7 +16,7 @@ from typing import Any
 
 from gunicorn.workers.gthread import ThreadWorker
 
-from httptrading.app.logs import log_to_stderr, secrets_of
+from httptrading.app.logs import flush_logs, log_aside, secrets_of
 from httptrading.brokers.gateway import Gateway
 
 WORKER_CLASS = "httptrading.app.gthread.Worker"
@@ -73,7 +73,7 @@ def post_worker_init(worker: Any) -> None:
     a signal handler; a thread of its own does the work.
     """
     gateway = _gateway(worker)
-    log_to_stderr(secrets_of(gateway.settings.values()))
+    log_aside(secrets_of(gateway.settings.values()))
     gateway.start()
     # This process's own copy of the setting: the master keeps STOP_WITHIN.
     worker.cfg.set("graceful_timeout", min(worker.cfg.graceful_timeout, _REQUESTS_END_WITHIN))
@@ -98,6 +98,7 @@ def worker_exit(server: Any, worker: Any) -> None:
     SDKs, and the master kills the process meanwhile."""
     if hasattr(worker, "wsgi"):  # else the application was never loaded
         _gateway(worker).close()
+        flush_logs()
 
 
 def _gateway(worker: Any) -> Any:

@@ -8,15 +8,22 @@ from __future__ import annotations
 import json
 import logging
 import os
+import queue
 import sys
+import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TextIO
 
 from httptrading.brokers.settings import InstanceSettings
 
 _FIELDS = ("request_id", "instance", "status", "outcome", "milliseconds")
 _SHORTEST_SECRET = 6
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
+
+MOST_WAITING = 10_000
+"""Lines beyond are dropped: a log that nobody reads neither stops nor swells the service."""
 
 
 class JsonLines(logging.Formatter):
@@ -38,7 +45,7 @@ class JsonLines(logging.Formatter):
                 line[name] = getattr(record, name)
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
-        text = json.dumps(line, ensure_ascii=False)
+        text = _to_json(line)
         for secret in self._secrets:
             if secret in text:
                 text = text.replace(secret, "***")
@@ -58,11 +65,69 @@ def secrets_of(instances: Iterable[InstanceSettings]) -> set[str]:
 _COMMON = {"127.0.0.1", "localhost", "SIMULATE"}
 
 
+class WrittenAside(logging.StreamHandler[TextIO]):
+    """Formats and writes on a thread of its own: no request waits for its line in the log, and
+    lines that come meanwhile are written together."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._waiting: queue.SimpleQueue[logging.LogRecord | threading.Event] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="httptrading-log", daemon=True).start()
+
+    def createLock(self) -> None:
+        self.lock = None  # the queue needs none
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._waiting.qsize() < MOST_WAITING:
+            self._waiting.put(record)
+
+    def flush(self) -> None:
+        """Returns when what has been logged so far is written, or after a second."""
+        written = threading.Event()
+        self._waiting.put(written)
+        written.wait(1.0)
+
+    def _run(self) -> None:
+        while True:
+            batch = [self._waiting.get()]
+            with suppress(queue.Empty):
+                while len(batch) < MOST_WAITING:
+                    batch.append(self._waiting.get_nowait())
+            lines = [self._line(one) for one in batch if isinstance(one, logging.LogRecord)]
+            with suppress(OSError, ValueError):  # stderr is closed: there is nowhere to say so
+                self.stream.write("".join(lines))
+                self.stream.flush()
+            for one in batch:
+                if isinstance(one, threading.Event):
+                    one.set()
+
+    def _line(self, record: logging.LogRecord) -> str:
+        try:
+            return self.format(record) + "\n"
+        except Exception:  # the record's text and its arguments do not fit
+            self.handleError(record)
+            return ""
+
+
 def log_to_stderr(secrets: Iterable[str] = ()) -> None:
     """`HTTPTRADING_LOG_LEVEL` (default INFO) decides how much."""
-    handler = logging.StreamHandler(sys.stderr)
+    _log_with(logging.StreamHandler(sys.stderr), secrets)
+
+
+def log_aside(secrets: Iterable[str] = ()) -> None:
+    """The same by a thread of its own; after the fork, therefore."""
+    _log_with(WrittenAside(sys.stderr), secrets)
+
+
+def _log_with(handler: logging.Handler, secrets: Iterable[str]) -> None:
     handler.setFormatter(JsonLines(secrets))
     logger = logging.getLogger("httptrading")
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(os.environ.get("HTTPTRADING_LOG_LEVEL", "INFO").upper())
+
+
+def flush_logs() -> None:
+    """Writes what has been logged so far; for the end of a process, which may come suddenly."""
+    for handler in logging.getLogger("httptrading").handlers:
+        handler.flush()

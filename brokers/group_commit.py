@@ -24,7 +24,8 @@ class GroupCommit:
     """Runs functions on a connection, each all or nothing, in the order they were given; one may
     run again when another that was to be committed with it has failed.
 
-    `failed` words a database error for the caller.
+    `failed` words a database error for the caller. `ended` counts the transactions: what was read
+    is still so while it has not changed.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class GroupCommit:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
+        self.ended = 0
 
     def post(self, body: Callable[[sa.Connection], _Result]) -> Future[_Result]:
         """The future is done when the change is durable, or has failed as a whole."""
@@ -91,6 +93,7 @@ class GroupCommit:
                 for body, _ in batch:
                     results.append(body(connection))
         except Exception as error:
+            self.ended += 1  # whether it was committed is not known when the connection broke
             if began and len(results) < len(batch) and len(batch) > 1:
                 for item in batch:
                     self._commit([item])
@@ -99,5 +102,6 @@ class GroupCommit:
             for _, future in batch:
                 future.set_exception(worded)
         else:
+            self.ended += 1
             for (_, future), result in zip(batch, results, strict=True):
                 future.set_result(result)

@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -143,11 +144,16 @@ _mine = _orders.c.instance_id == sa.bindparam("instance")
 _BY_MARK = sa.select(_orders).where(_mine, _orders.c.mark == sa.bindparam("by_mark"))
 _WITH_ORDER_ID = sa.select(_orders).where(_mine, _orders.c.order_id == sa.bindparam("by_order_id"))
 _BY_ORDER_ID = _WITH_ORDER_ID.order_by(_orders.c.id.desc()).limit(1)
+_UNLESS_MARKED_OTHERWISE = _BY_ORDER_ID.where(
+    sa.or_(_orders.c.mark.is_(None), _orders.c.mark == sa.bindparam("by_mark"))
+)
 _EARLY = _WITH_ORDER_ID.where(_orders.c.state == SEEN, _orders.c.id > sa.bindparam("row"))
 _WITH_KEY = sa.select(_orders).where(_mine, _orders.c.client_order_id == sa.bindparam("key"))
 _NEWEST_ATTEMPT = _WITH_KEY.order_by(_orders.c.attempt.desc()).limit(1)
 _NEWEST_PLACED = _NEWEST_ATTEMPT.where(_orders.c.state == PLACED)
 _UNSETTLED = sa.select(_orders).where(_mine, _orders.c.state.in_(UNSETTLED)).order_by(_orders.c.id)
+
+MOST_SEEN = 2000
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = ((),)
 """One tuple of SQL statements per schema version; version 1 is `create_all`. A change to the tables
@@ -213,6 +219,14 @@ class JournalOrder:
         )
 
 
+class _Seen:
+    """Rows as they were read after so many writes; `rows` only grows."""
+
+    def __init__(self, writes: int) -> None:
+        self.writes = writes
+        self.rows: dict[tuple[str, str, str], sa.Row[Any] | None] = {}
+
+
 class Journal:
     """All instances' orders; safe from any thread.
 
@@ -234,6 +248,7 @@ class Journal:
         self._reader = sa.create_engine(url, pool_size=8, max_overflow=40, pool_pre_ping=ping)
         self._writer = sa.create_engine(url, pool_size=1, pool_pre_ping=ping)
         self._commits = GroupCommit(self._writer, _unwritable)
+        self._seen = _Seen(0)
         self._opening = threading.Lock()
         self._closed = False
         self._gateway_id: str | None = None
@@ -347,13 +362,12 @@ class Journal:
         quantity never goes down, a final state is final. Writes only what changed.
         """
         reports, moment = list(reports), time.time() if seen is None else seen
-        with self._connected() as connection:
-            planned = [self._plan(connection, instance_id, one, moment) for one in reports]
-        if any(values for _, values in planned):
+        names = [(report.mark, report.order.order_id) for report in reports]
+        rows = self._rows(instance_id, names)
+        if any(map(partial(_news, instance_id, moment), rows, reports)):
             self._write(lambda connection: self._join(connection, instance_id, reports, moment))
-        with self._connected() as connection:
-            found = [self._find(connection, instance_id, report) for report in reports]
-        return [_journal_order(row) for row in found if row is not None]
+            rows = self._rows(instance_id, names)
+        return [_journal_order(row) for row in rows if row is not None]
 
     def _join(
         self,
@@ -363,7 +377,8 @@ class Journal:
         moment: float,
     ) -> None:
         for report in reports:
-            row, values = self._plan(connection, instance_id, report, moment)
+            row = self._find(connection, instance_id, report.mark, report.order.order_id)
+            values = _news(instance_id, moment, row, report)
             if values and row is not None:
                 self._change(connection, row, values)
             elif values:
@@ -372,71 +387,46 @@ class Journal:
     def joined(self, instance_id: str, reports: Iterable[OrderReport]) -> list[JournalOrder]:
         """The rows as `record` would leave them, when they cannot be written."""
         empty = dict.fromkeys(_orders.c.keys())
-        rows = []
-        with self._connected() as connection:
-            for report in reports:
-                row, values = self._plan(connection, instance_id, report, time.time())
-                known = dict(row._mapping) if row is not None else {**empty, "id": 0}
-                if row is not None or values:
-                    rows.append(_journal_order(SimpleNamespace(**(known | values))))
-        return rows
+        joined = []
+        reports = list(reports)
+        names = [(report.mark, report.order.order_id) for report in reports]
+        for row, report in zip(self._rows(instance_id, names), reports, strict=True):
+            values = _news(instance_id, time.time(), row, report)
+            known = dict(row._mapping) if row is not None else {**empty, "id": 0}
+            if row is not None or values:
+                joined.append(_journal_order(SimpleNamespace(**(known | values))))
+        return joined
 
+    @staticmethod
     def _find(
-        self, connection: sa.Connection, instance_id: str, report: OrderReport
+        connection: sa.Connection, instance_id: str, mark: str, order_id: str
     ) -> sa.Row[Any] | None:
-        """The row of a report: by its mark, else by its order id.
+        """The row of a report: by its mark, else by its order id ("": none is told).
 
         One order has one id and one mark, so neither may contradict the row's.
         """
-        order_id = report.order.order_id
-        if report.mark:
-            marked = {"instance": instance_id, "by_mark": report.mark}
-            row = connection.execute(_BY_MARK, marked).first()
+        names = {"instance": instance_id, "by_mark": mark, "by_order_id": order_id}
+        if mark:
+            row = connection.execute(_BY_MARK, names).first()
             if row is not None and (not order_id or row.order_id in (None, order_id)):
                 return row
         if not order_id:
             return None
-        statement = _BY_ORDER_ID
-        if report.mark:
-            statement = statement.where(
-                sa.or_(_orders.c.mark.is_(None), _orders.c.mark == report.mark)
-            )
-        named = {"instance": instance_id, "by_order_id": order_id}
-        return connection.execute(statement, named).first()
+        statement = _UNLESS_MARKED_OTHERWISE if mark else _BY_ORDER_ID
+        return connection.execute(statement, names).first()
 
-    def _plan(
-        self, connection: sa.Connection, instance_id: str, report: OrderReport, moment: float
-    ) -> tuple[sa.Row[Any] | None, dict[str, Any]]:
-        """The row a report belongs to, and what it changes there (nothing: no news)."""
-        row = self._find(connection, instance_id, report)
-        order = report.order
-        now = time.time()
-        if row is None and not order.order_id:
-            return None, {}
-        if row is None:
-            return None, {
-                "instance_id": instance_id,
-                "attempt": 1,
-                "state": SEEN,
-                "order_id": order.order_id,
-                **_asked(report),
-                **_known(order),
-                "priced_qty": _text(order.filled_qty) if order.avg_price else "0",
-                "is_open": not order.is_completed,
-                "created": report.time.timestamp() if report.time else now,
-                "updated": now,
-            }
-        # News from before the refusal (a push that was overtaken) does not call it in question.
-        alive = order.filled_qty > 0 or (not order.is_completed and moment > row.updated)
-        revived = row.state in (NOT_PLACED, REFUSED) and alive
-        values = _merged(row, order, revived)
-        if order.order_id and row.order_id is None:
-            values["order_id"] = order.order_id
-        if revived or (row.state in UNSETTLED and order.order_id):
-            values["state"] = PLACED
-        if values:
-            values["updated"] = now
-        return row, values
+    def _rows(self, instance_id: str, names: Iterable[tuple[str, str]]) -> list[sa.Row[Any] | None]:
+        """The rows of these marks and order ids, from memory while nothing has been written."""
+        seen = self._seen
+        if seen.writes != self._commits.ended or len(seen.rows) > MOST_SEEN:
+            seen = self._seen = _Seen(self._commits.ended)
+        keys = [(instance_id, *name) for name in names]
+        if not all(key in seen.rows for key in keys):
+            with self._connected() as connection:
+                for key in keys:
+                    if key not in seen.rows:
+                        seen.rows[key] = self._find(connection, *key)
+        return [seen.rows[key] for key in keys]
 
     @staticmethod
     def _change(connection: sa.Connection, row: sa.Row[Any], values: dict[str, Any]) -> None:
@@ -497,7 +487,8 @@ class Journal:
         return self._one(_NEWEST_PLACED, **named) or newest
 
     def by_order_id(self, instance_id: str, order_id: str) -> JournalOrder | None:
-        return self._one(_BY_ORDER_ID, instance=instance_id, by_order_id=order_id)
+        [row] = self._rows(instance_id, [("", order_id)])
+        return None if row is None else _journal_order(row)
 
     def sent_ages(self, instance_id: str, seconds: float) -> list[float]:
         """How many seconds ago each order was sent, for those of the last `seconds`."""
@@ -697,6 +688,40 @@ def merge(
         is_pending_cancel=news.is_pending_cancel,
     )
     return replace(merged, is_pending_cancel=merged.is_pending_cancel and not merged.is_completed)
+
+
+def _news(
+    instance_id: str, moment: float, row: sa.Row[Any] | None, report: OrderReport
+) -> dict[str, Any]:
+    """What a report changes in its row, or the whole of a new one; nothing: no news."""
+    order = report.order
+    now = time.time()
+    if row is None and not order.order_id:
+        return {}
+    if row is None:
+        return {
+            "instance_id": instance_id,
+            "attempt": 1,
+            "state": SEEN,
+            "order_id": order.order_id,
+            **_asked(report),
+            **_known(order),
+            "priced_qty": _text(order.filled_qty) if order.avg_price else "0",
+            "is_open": not order.is_completed,
+            "created": report.time.timestamp() if report.time else now,
+            "updated": now,
+        }
+    # News from before the refusal (a push that was overtaken) does not call it in question.
+    alive = order.filled_qty > 0 or (not order.is_completed and moment > row.updated)
+    revived = row.state in (NOT_PLACED, REFUSED) and alive
+    values = _merged(row, order, revived)
+    if order.order_id and row.order_id is None:
+        values["order_id"] = order.order_id
+    if revived or (row.state in UNSETTLED and order.order_id):
+        values["state"] = PLACED
+    if values:
+        values["updated"] = now
+    return values
 
 
 def _merged(row: Any, news: Order, revived: bool = False) -> dict[str, Any]:

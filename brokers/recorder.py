@@ -24,6 +24,10 @@ MOST_WAITING = 100_000
 """Beyond (a journal that cannot be written for long), pushes are dropped: the broker still has what
 they said."""
 
+GATHER = 0.02
+"""Seconds in which more may come: an order's first pushes arrive with its answer, whose record is
+what the client waits for."""
+
 RETRY = 0.5
 """Seconds between two attempts to write."""
 
@@ -85,6 +89,7 @@ class Recorder:
         while not ended:
             batch: list[_News] = []
             item = self._queue.get()
+            self._stopping.wait(GATHER)
             while True:
                 if item is None:
                     ended = True
