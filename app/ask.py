@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import secrets
 import time
@@ -43,9 +44,17 @@ class WrongMethod(InvalidRequest):
 
 
 def request_id_of(request: Request) -> str:
-    """The client's `X-Request-ID`, or one of ours."""
+    """The client's `X-Request-ID`, or one of ours: this process's own beginning and a number."""
     given = request.headers.get("X-Request-ID", "")
-    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+    return given if _REQUEST_ID.fullmatch(given) else f"{_process()}{next(_numbers):08x}"
+
+
+_numbers = itertools.count(1)
+
+
+@cache
+def _process() -> str:
+    return secrets.token_hex(4)
 
 
 class Ask:

@@ -11,6 +11,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -21,6 +22,9 @@ from httptrading.brokers.settings import InstanceSettings
 _FIELDS = ("request_id", "instance", "status", "outcome", "milliseconds")
 _SHORTEST_SECRET = 6
 _to_json = json.JSONEncoder(ensure_ascii=False).encode
+
+GATHER = 0.05
+"""Seconds in which lines come together, to be written at once and not amidst their requests."""
 
 MOST_WAITING = 10_000
 """Lines beyond are dropped: a log that nobody reads neither stops nor swells the service."""
@@ -66,8 +70,7 @@ _COMMON = {"127.0.0.1", "localhost", "SIMULATE"}
 
 
 class WrittenAside(logging.StreamHandler[TextIO]):
-    """Formats and writes on a thread of its own: no request waits for its line in the log, and
-    lines that come meanwhile are written together."""
+    """Formats and writes on a thread of its own: no request waits for its line in the log."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
@@ -90,6 +93,8 @@ class WrittenAside(logging.StreamHandler[TextIO]):
     def _run(self) -> None:
         while True:
             batch = [self._waiting.get()]
+            if isinstance(batch[0], logging.LogRecord):
+                time.sleep(GATHER)
             with suppress(queue.Empty):
                 while len(batch) < MOST_WAITING:
                     batch.append(self._waiting.get_nowait())

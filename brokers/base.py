@@ -331,9 +331,13 @@ class BaseBroker:
         return self._link.quote_of(instance_id, contract)
 
 
-async def run_operation(function: Callable[..., Any], /, **arguments: Any) -> Any:
-    """Calls a plain or `async def` method and returns its result."""
+async def run_operation(
+    function: Callable[..., Any], seconds: float | None, /, **arguments: Any
+) -> Any:
+    """Calls a plain or `async def` method and returns its result; an `async def` one is cancelled
+    after `seconds`, with TimeoutError."""
     result = function(**arguments)
     if asyncio.iscoroutine(result) or isinstance(result, Awaitable):
-        result = await result
+        async with asyncio.timeout(seconds):
+            result = await result
     return result

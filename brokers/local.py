@@ -45,8 +45,7 @@ class LocalBroker:
         """Connects; BrokerUnavailable with a sentence when that fails."""
         broker = self._broker
         try:
-            async with asyncio.timeout(seconds):
-                await run_operation(broker.connect)
+            await run_operation(broker.connect, seconds)
         except HttpTradingError:
             raise
         except ImportError as error:
@@ -73,8 +72,7 @@ class LocalBroker:
         broker = self._broker
         changes = operation in CHANGES
         try:
-            async with asyncio.timeout(seconds):
-                value = await run_operation(getattr(broker, operation), **arguments)
+            value = await run_operation(getattr(broker, operation), seconds, **arguments)
             return checked(operation, value)
         except HttpTradingError:
             raise
@@ -100,7 +98,7 @@ class LocalBroker:
 
     async def close(self) -> None:
         try:
-            await run_operation(self._broker.close)
+            await run_operation(self._broker.close, None)
         except asyncio.CancelledError:
             raise
         except BaseException as error:
