@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import signal
@@ -75,6 +76,8 @@ def post_worker_init(worker: Any) -> None:
     gateway = _gateway(worker)
     log_aside(secrets_of(gateway.settings.values()))
     gateway.start()
+    gc.collect()
+    gc.freeze()  # what is loaded now stays: looking at it again would stop all threads for 20 ms
     # This process's own copy of the setting: the master keeps STOP_WITHIN.
     worker.cfg.set("graceful_timeout", min(worker.cfg.graceful_timeout, _REQUESTS_END_WITHIN))
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()

@@ -243,8 +243,8 @@ class BaseBroker:
         `price` is None for market orders; its shortest text is exactly what the client typed.
         Keywords: `client_order_id`, and `mark`, the tag (ASCII, at most 24 characters) to give to
         the broker where it returns one in `recent_orders()`. Never sends twice. Raises Rejected
-        (the broker said no), BrokerUnavailable or RateLimited (nothing was sent), OutcomeUnknown
-        (sent, no answer); any other exception counts as OutcomeUnknown.
+        (the broker said no), BrokerUnavailable, Busy or RateLimited (nothing was sent),
+        OutcomeUnknown (sent, no answer); any other exception counts as OutcomeUnknown.
         """
         raise NotImplementedError
 

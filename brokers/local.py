@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import logging
 import traceback
 from collections.abc import Mapping
@@ -46,6 +47,7 @@ class LocalBroker:
         broker = self._broker
         try:
             await run_operation(broker.connect, seconds)
+            _leave_imports_alone(type(broker))
         except HttpTradingError:
             raise
         except ImportError as error:
@@ -110,6 +112,18 @@ class LocalBroker:
             self._broker.abort()
         except Exception as error:
             _log_unexpected(self._broker, "abort", error)
+
+
+_imported: set[type[BaseBroker]] = set()
+
+
+def _leave_imports_alone(kind: type[BaseBroker]) -> None:
+    """Once for each SDK: the objects of its import live as long as the process, and the garbage
+    collector would stop every thread to look at them again and again (pandas: 40 ms each time)."""
+    if kind.sdk and kind not in _imported:
+        _imported.add(kind)
+        gc.collect()
+        gc.freeze()
 
 
 def _unknown(broker: BaseBroker) -> OutcomeUnknown:

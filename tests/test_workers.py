@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import threading
 import time
@@ -516,6 +517,22 @@ def test_an_async_call_is_cancelled_at_its_deadline(tmp_path: Path) -> None:
         assert on.trader().positions().ok
         assert len(on.script.brokers) == 1  # the same worker goes on
         assert worker_of(on).state.replacements == 0
+
+
+class WithSdk(ScriptedBroker):
+    sdk = "an SDK"
+
+
+def test_what_an_sdk_imports_is_looked_at_by_the_garbage_collector_once(tmp_path: Path) -> None:
+    before = gc.get_freeze_count()
+    with stage(tmp_path, kind=WithSdk) as on:
+        on.ready()
+        frozen = gc.get_freeze_count()
+        assert frozen > before
+        on.script.brokers[-1].lost("cut")
+        wait_for(lambda: len(on.script.brokers) == 2, "a second connection")
+        on.ready()
+    assert gc.get_freeze_count() <= frozen
 
 
 # --- the end -------------------------------------------------------------------------------------
