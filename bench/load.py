@@ -18,8 +18,12 @@ class Connection:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._buffer = b""
 
-    def ask(self, request: bytes) -> tuple[int, bytes]:
+    def send(self, request: bytes) -> None:
+        """Asks, and does not wait for the answer."""
         self._socket.sendall(request)
+
+    def ask(self, request: bytes) -> tuple[int, bytes]:
+        self.send(request)
         while b"\r\n\r\n" not in self._buffer:
             self._read()
         head, _, rest = self._buffer.partition(b"\r\n\r\n")

@@ -1,0 +1,82 @@
+"""The service's log: JSON lines without secrets, written by a thread that holds nobody up."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import pytest
+
+from httptrading.app.logs import MOST_WAITING, JsonLines, WrittenAside
+
+
+@pytest.fixture
+def logger() -> Iterator[logging.Logger]:
+    logger = logging.Logger("httptrading.test")
+    yield logger
+    logger.handlers.clear()
+
+
+def aside(logger: logging.Logger, stream: TextIO) -> WrittenAside:
+    handler = WrittenAside(stream)
+    handler.setFormatter(JsonLines(["a-long-secret"]))
+    logger.addHandler(handler)
+    return handler
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_lines_in_their_order_and_without_secrets(logger: logging.Logger) -> None:
+    stream = io.StringIO()
+    handler = aside(logger, stream)
+    for number in range(100):
+        logger.info("event %d of a-long-secret", number, extra={"status": number})
+    handler.flush()
+    written = lines(stream.getvalue())
+    assert [line["event"] for line in written] == [f"event {n} of ***" for n in range(100)]
+    assert [line["status"] for line in written] == list(range(100))
+
+
+def test_a_record_that_makes_no_sense_ends_nothing(
+    logger: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = io.StringIO()
+    handler = aside(logger, stream)
+    logger.info("%d", "not a number")
+    logger.info("after it")
+    handler.flush()
+    assert [line["event"] for line in lines(stream.getvalue())] == ["after it"]
+    assert "Logging error" in capsys.readouterr().err
+
+
+def test_a_log_that_nobody_reads_stops_and_swells_nothing(logger: logging.Logger) -> None:
+    end, start = os.pipe()  # takes 64 KiB, then whoever writes waits
+    with open(end) as reader:
+        rest = threading.Thread(target=reader.read)
+        with open(start, "w") as stream:
+            handler = aside(logger, stream)
+            for _ in range(MOST_WAITING * 3):
+                logger.info("x" * 100)
+            assert handler._waiting.qsize() <= MOST_WAITING
+            assert json.loads(reader.readline())["event"] == "x" * 100
+            rest.start()
+            while handler._waiting.qsize():
+                handler.flush()
+            handler.flush()  # the last batch as well
+        rest.join()
+
+
+def test_a_closed_log_is_no_error(logger: logging.Logger, tmp_path: Path) -> None:
+    stream = (tmp_path / "log").open("w")
+    handler = aside(logger, stream)
+    stream.close()
+    logger.info("to nobody")
+    handler.flush()
