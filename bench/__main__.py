@@ -333,6 +333,8 @@ def neighbours(fleet: list[Mapping[str, Any]]) -> Iterator[Row]:
         with server() as port:
             others = [deaf(instance, port) for instance in fleet]
             with service([PAPER, *others]) as running:
+                wait_connected(running, PAPER)
+                time.sleep(8.0)  # until the SDKs are imported, which keeps the processors busy
                 waiting = [Connection(running.port) for _ in range(len(others) * 4)]
                 for each, instance in zip(waiting, itertools.cycle(others)):
                     each.send(request_of(instance, "GET", "cash/state"))

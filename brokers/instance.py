@@ -30,6 +30,7 @@ from httptrading.brokers.journal import (
     PLACED,
     REFUSED,
     SEEN,
+    TOO_SLOW,
     UNKNOWN,
     UNSETTLED,
     Journal,
@@ -513,10 +514,7 @@ class Instance:
             # It may still get there; settlement then finds that there is no such order.
             row.add_done_callback(lambda _: self.settlement.call_ended(mark, settled=False))
             if isinstance(error, FutureTimeout):
-                raise Busy(
-                    "The order journal is too slow (is the disk overloaded?); nothing was sent.",
-                    retry_after=2,
-                ) from None
+                raise Busy(TOO_SLOW, retry_after=2) from None
             raise
 
     def _finish_place(
@@ -733,14 +731,22 @@ class Instance:
             return row.order
         report = found if isinstance(found, OrderReport) else OrderReport(found)
         try:
-            recorded = self._journal.record(self.id, [report], seen)
-        except Busy:
-            return report.order  # the broker's answer is worth more than its record
+            recorded = self._journal.record(self.id, [report], seen, deadline=deadline)
+        except Busy:  # the broker's answer is worth more than its record
+            return self._joined_order(report)
         order = recorded[0].order if recorded else report.order
         if len(self._joined) > 1000:
             self._joined.clear()
         self._joined[order.order_id] = (found, order)
         return order
+
+    def _joined_order(self, report: OrderReport) -> Order:
+        """What is known of an order when it cannot be written."""
+        try:
+            joined = self._journal.joined(self.id, [report])
+        except Busy:
+            joined = []  # nor read
+        return joined[0].order if joined else report.order
 
     def _remembered_order(self, order_id: str) -> Order | None:
         """What the broker's answer in memory, already joined to the journal, came to."""
@@ -763,7 +769,7 @@ class Instance:
             seen = time.time()
             reports = self._read("recent_orders", deadline, fresh=fresh)
             try:
-                self._journal.record(self.id, reports, seen)
+                self._journal.record(self.id, reports, seen, deadline=deadline)
             except Busy:
                 unwritten = self._journal.joined(self.id, reports)
         rows = self._journal.orders(self.id, open_=open_, since=since, limit=limit)
@@ -800,7 +806,7 @@ class Instance:
         if row is None and not found:
             self.order(order_id, None, deadline)  # OrderNotFound for an id nobody knows
         try:
-            self._journal.record_fills(self.id, found)
+            self._journal.record_fills(self.id, found, deadline=deadline)
         except Busy:
             joined = {fill.fill_id: fill for fill in (*found, *known)}
             return sorted(joined.values(), key=lambda fill: (fill.time, fill.fill_id))

@@ -155,6 +155,8 @@ _UNSETTLED = sa.select(_orders).where(_mine, _orders.c.state.in_(UNSETTLED)).ord
 
 MOST_SEEN = 2000
 
+TOO_SLOW = "The order journal is too slow (is the disk overloaded?); nothing was sent."
+
 MIGRATIONS: tuple[tuple[str, ...], ...] = ((),)
 """One tuple of SQL statements per schema version; version 1 is `create_all`. A change to the tables
 appends a tuple, and a journal of an older version runs what it lacks, in order."""
@@ -354,18 +356,26 @@ class Journal:
 
     # --- what the broker says -----------------------------------------------------------------
     def record(
-        self, instance_id: str, reports: Iterable[OrderReport], seen: float | None = None
+        self,
+        instance_id: str,
+        reports: Iterable[OrderReport],
+        seen: float | None = None,
+        *,
+        deadline: float | None = None,
     ) -> list[JournalOrder]:
         """Joins what a list, a query or a push said to what is known, and returns the rows.
 
         `seen`: when the broker was asked, or the push came in (`time.time()`; None: now). Filled
-        quantity never goes down, a final state is final. Writes only what changed.
+        quantity never goes down, a final state is final. Writes only what changed; Busy when that
+        is not done by the `deadline` (`time.monotonic()`), but it is done still.
         """
         reports, moment = list(reports), time.time() if seen is None else seen
         names = [(report.mark, report.order.order_id) for report in reports]
         rows = self._rows(instance_id, names)
         if any(map(partial(_news, instance_id, moment), rows, reports)):
-            self._write(lambda connection: self._join(connection, instance_id, reports, moment))
+            self._write(
+                lambda connection: self._join(connection, instance_id, reports, moment), deadline
+            )
             rows = self._rows(instance_id, names)
         return [_journal_order(row) for row in rows if row is not None]
 
@@ -444,12 +454,16 @@ class Journal:
                 values = values | _merged(now, _order_of(early))
         connection.execute(_UPDATE, {"row": row.id, **values})
 
-    def record_fills(self, instance_id: str, fills: Iterable[Fill]) -> None:
-        """Keeps executions; one that is known already changes nothing."""
+    def record_fills(
+        self, instance_id: str, fills: Iterable[Fill], *, deadline: float | None = None
+    ) -> None:
+        """Keeps executions; one that is known already changes nothing. `deadline` as in `record`."""
         with self._connected() as connection:
             new = [fill for fill in fills if not self._has_fill(connection, instance_id, fill)]
         if new:
-            self._write(lambda connection: self._insert_fills(connection, instance_id, new))
+            self._write(
+                lambda connection: self._insert_fills(connection, instance_id, new), deadline
+            )
 
     def _insert_fills(self, connection: sa.Connection, instance_id: str, fills: list[Fill]) -> None:
         for fill in fills:
@@ -546,9 +560,13 @@ class Journal:
             return [_journal_order(row) for row in connection.execute(statement, values)]
 
     # --- the database -------------------------------------------------------------------------
-    def _write(self, body: Callable[[sa.Connection], _Result]) -> _Result:
-        """Runs a change and returns when it is durable."""
-        return self._post(body).result()
+    def _write(self, body: Callable[[sa.Connection], None], deadline: float | None) -> None:
+        """Runs a change and returns when it is durable; Busy when that takes too long."""
+        written = self._post(body)
+        try:
+            written.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            raise Busy(TOO_SLOW, retry_after=2) from None
 
     def _post(self, body: Callable[[sa.Connection], _Result]) -> Future[_Result]:
         try:

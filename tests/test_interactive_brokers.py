@@ -365,8 +365,10 @@ def test_cash_whatever_the_base_currency(exchange: Exchange, tmp_path: Path) -> 
                 assert (cash["currency"], cash["amount"]) == (currency, Decimal(amount))
         # Renminbi is CNH there, which is said instead of "0 CNY".
         assert trader.cash("CNY").code == "UNSUPPORTED" and "CNH" in trader.cash("CNY")["ex"]
-        # TWS refuses the third account summary (322): each was given back.
-        assert len(exchange.received("cancelAccountSummary")) == len(exchange.received("cash"))
+        # TWS refuses the third account summary (322): each is given back.
+        exchange.wait_for(
+            lambda: len(exchange.received("cancelAccountSummary")) == len(exchange.received("cash"))
+        )
 
 
 def test_a_currency_that_is_gone_is_not_remembered(trader: Trader, exchange: Exchange) -> None:

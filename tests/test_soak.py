@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ class Record:
     lock: threading.Lock = field(default_factory=threading.Lock)
     outcomes: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     overshoot: float = 0.0
+    late: list[str] = field(default_factory=list)  # the requests that ended beyond LATE
     problems: list[str] = field(default_factory=list)
     orders: dict[str, list[Sent]] = field(default_factory=dict)
 
@@ -117,7 +119,7 @@ class Trader:
         """The outcome ("OK" or the error's code) and the body, checked to be the answer to this."""
         limit = self.random.choice((1, 2, 3, 5))
         number = f"{self.member.name}-{id(self)}-{next(self.numbers)}"
-        began = time.monotonic()
+        began, moment = time.monotonic(), time.time()
         try:
             status, found, headers = self.client(
                 method, route, body, HT_TIMEOUT=str(limit), X_Request_ID=number
@@ -129,6 +131,12 @@ class Trader:
         outcome = "OK" if status == 200 else str(found["error"]["code"])
         with self.record.lock:
             self.record.overshoot = max(self.record.overshoot, late)
+            if late > LATE:
+                answered = datetime.fromisoformat(found["time"]).timestamp() - moment - limit
+                self.record.late.append(
+                    f"{self.member.name} {route.partition('?')[0]} {outcome} of {limit} s: "
+                    f"answered at {answered:+.3f} s, here at {late:+.3f} s"
+                )
             self.record.outcomes[self.member.name, route.partition("?")[0], outcome] += 1
         if headers.get("X-Request-ID") != number or found["instanceId"] != self.member.instance_id:
             self.record.problem(f"{route}: the answer to somebody else's request: {found}")
@@ -331,6 +339,7 @@ def test_soak(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     print(
         f"{total} requests, largest overshoot {record.overshoot:+.3f} s; faults: {dict(happened)}"
     )
+    print(*record.late, sep="\n")
     for (name, route, outcome), count in sorted(record.outcomes.items()):
         print(f"  {name:<11}{route:<16}{outcome:<20}{count}")
     assert not record.problems, record.problems[:5]
