@@ -83,7 +83,8 @@ def _operations(journal: Journal, count: int) -> dict[str, Callable[[int], objec
 
     def push(turn: int) -> None:
         order = Order(f"new-{turn}", "USD", 10, 5, 200.5)
-        (row,) = journal.record(_ID, [OrderReport(order)])
+        journal.record(_ID, [OrderReport(order)])
+        (row,) = journal.joined(_ID, [OrderReport(order)])
         assert row.client_order_id == f"new-{turn}"
 
     def same_push(turn: int) -> None:

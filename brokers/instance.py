@@ -730,22 +730,20 @@ class Instance:
                 raise
             return row.order
         report = found if isinstance(found, OrderReport) else OrderReport(found)
-        try:
-            recorded = self._journal.record(self.id, [report], seen, deadline=deadline)
-        except Busy:  # the broker's answer is worth more than its record
-            return self._joined_order(report)
-        order = recorded[0].order if recorded else report.order
+        with suppress(Busy):  # the broker's answer is worth more than its record
+            self._journal.record(self.id, [report], seen, deadline=deadline)
+        order = self._joined_order(report)
         if len(self._joined) > 1000:
             self._joined.clear()
         self._joined[order.order_id] = (found, order)
         return order
 
     def _joined_order(self, report: OrderReport) -> Order:
-        """What is known of an order when it cannot be written."""
+        """What the report and the journal say together."""
         try:
             joined = self._journal.joined(self.id, [report])
         except Busy:
-            joined = []  # nor read
+            joined = []
         return joined[0].order if joined else report.order
 
     def _remembered_order(self, order_id: str) -> Order | None:

@@ -26,7 +26,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -59,6 +58,7 @@ from httptrading.model import (
 log = logging.getLogger("httptrading.journal")
 
 _Result = TypeVar("_Result")
+_Names = tuple[str, str]  # what a report calls its order: the mark and the order id, "" for none
 
 SENDING, PLACED, REFUSED, UNKNOWN, NOT_PLACED, SEEN = (
     "sending",
@@ -141,12 +141,13 @@ _INSERT = sa.insert(_orders)
 _UPDATE = sa.update(_orders).where(_orders.c.id == sa.bindparam("row"))
 _BY_ROW = sa.select(_orders).where(_orders.c.id == sa.bindparam("row"))
 _mine = _orders.c.instance_id == sa.bindparam("instance")
-_BY_MARK = sa.select(_orders).where(_mine, _orders.c.mark == sa.bindparam("by_mark"))
-_WITH_ORDER_ID = sa.select(_orders).where(_mine, _orders.c.order_id == sa.bindparam("by_order_id"))
-_BY_ORDER_ID = _WITH_ORDER_ID.order_by(_orders.c.id.desc()).limit(1)
-_UNLESS_MARKED_OTHERWISE = _BY_ORDER_ID.where(
-    sa.or_(_orders.c.mark.is_(None), _orders.c.mark == sa.bindparam("by_mark"))
+_WITH_MARKS = sa.select(_orders).where(_mine, _orders.c.mark.in_(sa.bindparam("names")))
+_WITH_ORDER_IDS = (
+    sa.select(_orders)
+    .where(_mine, _orders.c.order_id.in_(sa.bindparam("names")))
+    .order_by(_orders.c.id)
 )
+_WITH_ORDER_ID = sa.select(_orders).where(_mine, _orders.c.order_id == sa.bindparam("by_order_id"))
 _EARLY = _WITH_ORDER_ID.where(_orders.c.state == SEEN, _orders.c.id > sa.bindparam("row"))
 _WITH_KEY = sa.select(_orders).where(_mine, _orders.c.client_order_id == sa.bindparam("key"))
 _NEWEST_ATTEMPT = _WITH_KEY.order_by(_orders.c.attempt.desc()).limit(1)
@@ -154,6 +155,7 @@ _NEWEST_PLACED = _NEWEST_ATTEMPT.where(_orders.c.state == PLACED)
 _UNSETTLED = sa.select(_orders).where(_mine, _orders.c.state.in_(UNSETTLED)).order_by(_orders.c.id)
 
 MOST_SEEN = 2000
+MOST_NAMES = 500  # in one statement; SQLite takes 999 values at least
 
 TOO_SLOW = "The order journal is too slow (is the disk overloaded?); nothing was sent."
 
@@ -362,22 +364,24 @@ class Journal:
         seen: float | None = None,
         *,
         deadline: float | None = None,
-    ) -> list[JournalOrder]:
-        """Joins what a list, a query or a push said to what is known, and returns the rows.
+    ) -> None:
+        """Joins what a list, a query or a push said to what is known.
 
         `seen`: when the broker was asked, or the push came in (`time.time()`; None: now). Filled
         quantity never goes down, a final state is final. Writes only what changed; Busy when that
         is not done by the `deadline` (`time.monotonic()`), but it is done still.
         """
         reports, moment = list(reports), time.time() if seen is None else seen
-        names = [(report.mark, report.order.order_id) for report in reports]
-        rows = self._rows(instance_id, names)
-        if any(map(partial(_news, instance_id, moment), rows, reports)):
+        rows = self._rows(instance_id, map(_names, reports))
+        news = [
+            report
+            for row, report in zip(rows, reports, strict=True)
+            if _news(instance_id, moment, row, report)
+        ]
+        if news:
             self._write(
-                lambda connection: self._join(connection, instance_id, reports, moment), deadline
+                lambda connection: self._join(connection, instance_id, news, moment), deadline
             )
-            rows = self._rows(instance_id, names)
-        return [_journal_order(row) for row in rows if row is not None]
 
     def _join(
         self,
@@ -387,7 +391,7 @@ class Journal:
         moment: float,
     ) -> None:
         for report in reports:
-            row = self._find(connection, instance_id, report.mark, report.order.order_id)
+            [row] = self._find(connection, instance_id, [_names(report)])
             values = _news(instance_id, moment, row, report)
             if values and row is not None:
                 self._change(connection, row, values)
@@ -395,12 +399,12 @@ class Journal:
                 connection.execute(_INSERT, values)
 
     def joined(self, instance_id: str, reports: Iterable[OrderReport]) -> list[JournalOrder]:
-        """The rows as `record` would leave them, when they cannot be written."""
+        """The rows as `record` has left them, or would if they could be written."""
         empty = dict.fromkeys(_orders.c.keys())
         joined = []
         reports = list(reports)
-        names = [(report.mark, report.order.order_id) for report in reports]
-        for row, report in zip(self._rows(instance_id, names), reports, strict=True):
+        rows = self._rows(instance_id, map(_names, reports))
+        for row, report in zip(rows, reports, strict=True):
             values = _news(instance_id, time.time(), row, report)
             known = dict(row._mapping) if row is not None else {**empty, "id": 0}
             if row is not None or values:
@@ -409,33 +413,47 @@ class Journal:
 
     @staticmethod
     def _find(
-        connection: sa.Connection, instance_id: str, mark: str, order_id: str
-    ) -> sa.Row[Any] | None:
-        """The row of a report: by its mark, else by its order id ("": none is told).
+        connection: sa.Connection, instance_id: str, names: list[_Names]
+    ) -> list[sa.Row[Any] | None]:
+        """The rows of reports: by the mark, else by the order id.
 
         One order has one id and one mark, so neither may contradict the row's.
         """
-        names = {"instance": instance_id, "by_mark": mark, "by_order_id": order_id}
-        if mark:
-            row = connection.execute(_BY_MARK, names).first()
-            if row is not None and (not order_id or row.order_id in (None, order_id)):
-                return row
-        if not order_id:
-            return None
-        statement = _UNLESS_MARKED_OTHERWISE if mark else _BY_ORDER_ID
-        return connection.execute(statement, names).first()
 
-    def _rows(self, instance_id: str, names: Iterable[tuple[str, str]]) -> list[sa.Row[Any] | None]:
+        def rows(statement: sa.Select[Any], wanted: Iterable[str]) -> Iterator[sa.Row[Any]]:
+            distinct = list(dict.fromkeys(filter(None, wanted)))
+            for begin in range(0, len(distinct), MOST_NAMES):
+                some = {"instance": instance_id, "names": distinct[begin : begin + MOST_NAMES]}
+                yield from connection.execute(statement, some)
+
+        marked = {row.mark: row for row in rows(_WITH_MARKS, (mark for mark, _ in names))}
+        found: list[sa.Row[Any] | None] = []
+        for mark, order_id in names:
+            row = marked.get(mark)
+            fits = row is not None and (not order_id or row.order_id in (None, order_id))
+            found.append(row if fits else None)
+        missing = [name[1] for name, row in zip(names, found, strict=True) if row is None]
+        known: dict[str, list[sa.Row[Any]]] = {}
+        for row in rows(_WITH_ORDER_IDS, missing):
+            known.setdefault(row.order_id, []).insert(0, row)  # the newest first
+        for number, (mark, order_id) in enumerate(names):
+            if found[number] is None:
+                rows_of_id = known.get(order_id, ())
+                fitting = (row for row in rows_of_id if not mark or row.mark in (None, mark))
+                found[number] = next(fitting, None)
+        return found
+
+    def _rows(self, instance_id: str, names: Iterable[_Names]) -> list[sa.Row[Any] | None]:
         """The rows of these marks and order ids, from memory while nothing has been written."""
         seen = self._seen
         if seen.writes != self._commits.ended or len(seen.rows) > MOST_SEEN:
             seen = self._seen = _Seen(self._commits.ended)
         keys = [(instance_id, *name) for name in names]
-        if not all(key in seen.rows for key in keys):
+        missing = [key for key in keys if key not in seen.rows]
+        if missing:
             with self._connected() as connection:
-                for key in keys:
-                    if key not in seen.rows:
-                        seen.rows[key] = self._find(connection, *key)
+                rows = self._find(connection, instance_id, [key[1:] for key in missing])
+            seen.rows.update(zip(missing, rows, strict=True))
         return [seen.rows[key] for key in keys]
 
     @staticmethod
@@ -457,7 +475,7 @@ class Journal:
     def record_fills(
         self, instance_id: str, fills: Iterable[Fill], *, deadline: float | None = None
     ) -> None:
-        """Keeps executions; one that is known already changes nothing. `deadline` as in `record`."""
+        """Keeps executions; a known one changes nothing. `deadline` as in `record`."""
         with self._connected() as connection:
             new = [fill for fill in fills if not self._has_fill(connection, instance_id, fill)]
         if new:
@@ -706,6 +724,10 @@ def merge(
         is_pending_cancel=news.is_pending_cancel,
     )
     return replace(merged, is_pending_cancel=merged.is_pending_cancel and not merged.is_completed)
+
+
+def _names(report: OrderReport) -> _Names:
+    return report.mark, report.order.order_id
 
 
 def _news(

@@ -203,7 +203,8 @@ def test_a_refusal_does_not_undo_a_fill(journal: Journal) -> None:
 # --- what the broker says -----------------------------------------------------------------------
 def test_found_by_mark(journal: Journal) -> None:
     row_id = begin(journal)
-    (row,) = journal.record(ID, [report(journal, row_id)])
+    journal.record(ID, [report(journal, row_id)])
+    (row,) = journal.joined(ID, [report(journal, row_id)])
     assert (row.row_id, row.state, row.order_id) == (row_id, PLACED, "1")
 
 
@@ -292,7 +293,8 @@ def test_no_news_is_not_written(journal: Journal, path: Path) -> None:
     updated = row_of(journal, row_id).updated
     size = path.with_name(path.name + "-wal").stat().st_size
     for _ in range(20):
-        (row,) = journal.record(ID, [said])
+        journal.record(ID, [said])
+        (row,) = journal.joined(ID, [said])
     assert row.updated == updated
     assert path.with_name(path.name + "-wal").stat().st_size == size
 
