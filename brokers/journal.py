@@ -154,8 +154,10 @@ _NEWEST_ATTEMPT = _WITH_KEY.order_by(_orders.c.attempt.desc()).limit(1)
 _NEWEST_PLACED = _NEWEST_ATTEMPT.where(_orders.c.state == PLACED)
 _UNSETTLED = sa.select(_orders).where(_mine, _orders.c.state.in_(UNSETTLED)).order_by(_orders.c.id)
 
-MOST_SEEN = 2000
-MOST_NAMES = 500  # in one statement; SQLite takes 999 values at least
+MOST_SEEN = 100
+LENGTHS = (1, 8, 64, 512)
+"""Of the lists of names in a statement: each connection keeps what it has prepared, for each
+length anew. SQLite takes 999 values at least."""
 
 TOO_SLOW = "The order journal is too slow (is the disk overloaded?); nothing was sent."
 
@@ -422,9 +424,10 @@ class Journal:
 
         def rows(statement: sa.Select[Any], wanted: Iterable[str]) -> Iterator[sa.Row[Any]]:
             distinct = list(dict.fromkeys(filter(None, wanted)))
-            for begin in range(0, len(distinct), MOST_NAMES):
-                some = {"instance": instance_id, "names": distinct[begin : begin + MOST_NAMES]}
-                yield from connection.execute(statement, some)
+            for begin in range(0, len(distinct), LENGTHS[-1]):
+                some = distinct[begin : begin + LENGTHS[-1]]
+                some += some[-1:] * (next(n for n in LENGTHS if n >= len(some)) - len(some))
+                yield from connection.execute(statement, {"instance": instance_id, "names": some})
 
         marked = {row.mark: row for row in rows(_WITH_MARKS, (mark for mark, _ in names))}
         found: list[sa.Row[Any] | None] = []
@@ -444,16 +447,19 @@ class Journal:
         return found
 
     def _rows(self, instance_id: str, names: Iterable[_Names]) -> list[sa.Row[Any] | None]:
-        """The rows of these marks and order ids, from memory while nothing has been written."""
-        seen = self._seen
-        if seen.writes != self._commits.ended or len(seen.rows) > MOST_SEEN:
-            seen = self._seen = _Seen(self._commits.ended)
+        """The rows of these marks and order ids; of a few, from memory while nothing has been
+        written since: who polls an order asks for the same row again and again."""
         keys = [(instance_id, *name) for name in names]
+        seen = self._seen
+        if seen.writes != self._commits.ended or len(seen.rows) + len(keys) > MOST_SEEN:
+            seen = _Seen(self._commits.ended)
         missing = [key for key in keys if key not in seen.rows]
         if missing:
             with self._connected() as connection:
                 rows = self._find(connection, instance_id, [key[1:] for key in missing])
             seen.rows.update(zip(missing, rows, strict=True))
+        if len(keys) <= MOST_SEEN:
+            self._seen = seen
         return [seen.rows[key] for key in keys]
 
     @staticmethod
