@@ -299,6 +299,28 @@ def test_no_news_is_not_written(journal: Journal, path: Path) -> None:
     assert path.with_name(path.name + "-wal").stat().st_size == size
 
 
+def test_a_long_list_is_joined_as_its_parts_are(journal: Journal) -> None:
+    """More than one statement takes; marks, ids and both, known and new."""
+    marked = [begin(journal, f"k{number}") for number in range(30)]
+    settle(journal, marked[0], PLACED, "0")
+    said = [
+        OrderReport(order(str(number)), mark=row_of(journal, row).mark or "")
+        for number, row in enumerate(marked)
+    ]
+    said += [OrderReport(order(str(number)), mark="foreign") for number in range(30, 700)]
+    said += [OrderReport(order(str(number))) for number in range(700, 1300)]
+    for _ in range(2):
+        journal.record(ID, said)
+        together = journal.joined(ID, said)
+        assert [row.order_id for row in together] == [str(number) for number in range(1300)]
+        assert [row.row_id for row in together[:30]] == marked
+        assert [row.state for row in together] == [PLACED] * 30 + [SEEN] * 1270
+    alone = [row for one in said for row in journal.joined(ID, [one])]
+    assert alone == together
+    one_by_one = OrderReport(order("31"), mark="another")
+    assert journal.joined(ID, [one_by_one, *said])[1:] == together  # and finds no row of its own
+
+
 def test_numbers_are_exact(journal: Journal) -> None:
     row_id = begin(journal, price=Decimal("0.000000000000001"), qty=999_999_999_999)
     row = row_of(journal, row_id)

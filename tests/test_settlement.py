@@ -866,3 +866,27 @@ def test_a_disk_that_hangs(on: Stage) -> None:
     assert on.script.calls("place_order") == []
     until(lambda: trader.place(LIMIT_ORDER, key="k"), "")
     assert len(on.script.calls("place_order")) == 1
+
+
+def test_a_disk_that_hangs_holds_no_question_up(on: Stage) -> None:
+    """What the broker has just said is answered, joined to what is known, and written later."""
+    trader: Trader = on.trader()
+    order_id = trader.placed(LIMIT_ORDER)
+    gate = threading.Event()
+    on.gateway._journal._commits.post(lambda connection: gate.wait(30))
+    try:
+        began = time.monotonic()
+        for filled in (3, 4):
+            known = replace(on.script.orders[0].order, filled_qty=filled)
+            on.script.orders[0] = replace(on.script.orders[0], order=known)
+            found = trader.state(order_id, timeout=1)
+            assert found.ok and found["order"]["filledQty"] == filled, found
+            listed = trader.request("GET", "order/list", headers={"HT-TIMEOUT": "1"})
+            assert [node["filledQty"] for node in listed["orders"]] == [filled], listed
+        assert time.monotonic() - began < 20
+    finally:
+        gate.set()
+    wait_for(
+        lambda: on.gateway._journal.by_order_id(INSTANCE, order_id).order.filled_qty == 4,
+        "what was seen to be written",
+    )
