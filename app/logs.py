@@ -77,9 +77,6 @@ class WrittenAside(logging.StreamHandler[TextIO]):
         self._waiting: queue.SimpleQueue[logging.LogRecord | threading.Event] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="httptrading-log", daemon=True).start()
 
-    def createLock(self) -> None:
-        self.lock = None  # the queue needs none
-
     def emit(self, record: logging.LogRecord) -> None:
         if self._waiting.qsize() < MOST_WAITING:
             self._waiting.put(record)
