@@ -278,8 +278,12 @@ class PaperExchange:
         self._engine = _engine(path)
         self._matched = self._saved = self._next_match = 0.0
         self._seen_change = self._seen_fill = 0
-        with self._transaction() as db:
-            self._prepare(db, cash)
+        try:
+            with self._transaction() as db:
+                self._prepare(db, cash)
+        except BaseException:
+            self.close()
+            raise
 
     def _prepare(self, db: sa.Connection, cash: Mapping[str, Decimal]) -> None:
         _tables.create_all(db)

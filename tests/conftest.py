@@ -1,8 +1,12 @@
-"""Options of the long-running tests."""
+"""Options of the long-running tests, and what holds for all property tests."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("here", deadline=None)  # a busy machine is no failure
+settings.load_profile("here")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

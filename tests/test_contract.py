@@ -539,7 +539,6 @@ def test_query_parameters(on: Stage) -> None:
 # --- numbers -------------------------------------------------------------------------------------
 QUICK = settings(
     max_examples=60,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 MANTISSAS = st.integers(1, 10**15 - 1)
@@ -761,9 +760,7 @@ def test_a_chunked_body_counts_as_it_comes(on: Stage) -> None:
         assert raw(on, url(on, "order/place"), "POST", headers, body).status_code == status
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     body=st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

@@ -457,7 +457,7 @@ def test_whatever_a_broker_says_nothing_goes_backwards(said: list[Order]) -> Non
 
 @given(st.lists(orders, min_size=1, max_size=5))
 @example([Order("1", "USD", 10, 4, 2), Order("1", "USD", 10, 9, 0), Order("1", "USD", 10, 9, 3)])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_journal_joins_as_merge_does(said: list[Order]) -> None:
     with (
         TemporaryDirectory() as folder,

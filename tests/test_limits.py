@@ -95,7 +95,7 @@ DELAYS = st.floats(0, 3, allow_nan=False)
 PLANS = st.lists(st.tuples(DELAYS, DELAYS, DELAYS, st.booleans()), min_size=1, max_size=40)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     plan=PLANS,
     limit=st.integers(1, 6),
@@ -122,7 +122,7 @@ def test_the_broker_never_counts_more_than_the_limit(
         assert beyond - first >= seconds - 1e-6
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(plan=PLANS, gap=st.floats(0.01, 2))
 def test_gaps_are_kept_as_the_broker_sees_them(
     plan: list[tuple[float, float, float, bool]], gap: float
@@ -174,7 +174,7 @@ def test_queued_reads_do_not_stand_before_a_cancel() -> None:
     assert windows.begin(["w"], cancel=True) == 0.0
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     limit=st.integers(1, 5),
     kept=st.integers(0, 2),

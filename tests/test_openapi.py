@@ -179,7 +179,6 @@ def fuzz(case: schemathesis.Case, token: str) -> None:
 def bounded(examples: int) -> settings:
     return settings(
         max_examples=examples,
-        deadline=None,
         derandomize=True,
         database=None,
         suppress_health_check=list(HealthCheck),
