@@ -330,9 +330,10 @@ class LongBridge(BaseBroker):
                 raise Busy(f"{text}; nothing was sent", retry_after=1) from None
             raise BrokerUnavailable(text) from None
         except Refused as refused:
-            # Whether the old token died while this was under way: the new one is here, or coming.
-            renewed = self._usable_token(self._file.current).text != used.text
-            if refused.status == 401 and (renewed or self._holds_the_only_token()):
+            if refused.status == 401 and (
+                self._holds_the_only_token()
+                or self._usable_token(self._file.current).text != used.text
+            ):  # the old token died while this was under way: the new one is here, or coming
                 raise Busy(
                     "LongBridge's token is being renewed; nothing was sent", retry_after=1
                 ) from None
