@@ -288,13 +288,17 @@ class Limited(ScriptedBroker):
 
 
 def test_our_own_limit_does_not(tmp_path: Path) -> None:
-    with stage(tmp_path, kind=Limited) as on:
+    with stage(tmp_path, kind=Limited) as on, ThreadPoolExecutor(1) as pool:
         on.ready()
-        trader = on.trader()
-        assert trader.place(LIMIT_ORDER, key="first").ok
-        refused = trader.place(LIMIT_ORDER, key="k", timeout=1)
+        # While the first runs, the second's turn is a whole window away, however slow the machine.
+        with on.script.hold("place_order"):
+            first = pool.submit(on.trader().place, LIMIT_ORDER, key="first", timeout=30)
+            on.script.arrived("place_order")
+            trader = on.trader()
+            refused = trader.place(LIMIT_ORDER, key="k", timeout=1)
+        assert first.result().ok
         assert (refused.status, refused.code) == (429, "RATE_LIMITED")
-        again = trader.place(LIMIT_ORDER, key="k", timeout=10)
+        again = trader.place(LIMIT_ORDER, key="k", timeout=30)
         assert again.ok and not again.replayed
 
 
