@@ -186,7 +186,8 @@ def _complete_bodies(schemas: Json) -> None:
     place["examples"] = [_BODY_EXAMPLE]
     cancel = schemas["CancelOrder"]
     cancel["additionalProperties"] = False
-    cancel["oneOf"] = [{"required": ["orderId"]}, {"required": ["clientOrderId"]}]
+    # One of the two; client generators understand it better than a oneOf of nothing but "required".
+    cancel |= {"minProperties": 1, "maxProperties": 1}
     cancel["examples"] = [{"orderId": "69788888"}]
 
 
