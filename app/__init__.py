@@ -11,7 +11,9 @@ from typing import Any
 
 from flask import Blueprint, Flask
 from flask.blueprints import BlueprintSetupState
+from werkzeug.exceptions import NotFound
 
+from httptrading.app.answers import not_found
 from httptrading.app.blueprint import Service, make_blueprint
 from httptrading.app.config import (
     Settings,
@@ -46,6 +48,8 @@ def create_app(
         blueprint = _blueprint(config, "/httptrading", config.threads)
     app = Flask("httptrading", static_folder=None)
     app.register_blueprint(blueprint)
+    # A path that is nobody's looks like an instance that is nobody's.
+    app.register_error_handler(NotFound, lambda _: not_found())
     return app
 
 

@@ -96,7 +96,7 @@ class Ask:
         self.deadline = self.began + seconds
 
     def query(self, schema: type[Schema], kind: type[_Loaded]) -> _Loaded:
-        return _of_kind(_load_query(schema, tuple(self.request.args.items())), kind)
+        return _of_kind(_load_query(schema, tuple(self.request.args.items(multi=True))), kind)
 
     def body(self, schema: type[Schema], kind: type[_Loaded]) -> _Loaded:
         """The JSON body, loaded; every bad field is named."""
@@ -135,7 +135,10 @@ def _loader(schema: type[Schema], unknown: Literal["exclude"] | None = None) -> 
 @lru_cache(1000)
 def _load_query(schema: type[Schema], query: tuple[tuple[str, str], ...]) -> Any:
     """Who polls asks the same again and again; what is loaded is never changed."""
-    return _load(_loader(schema), dict(query))
+    data = dict(query)
+    if len(data) < len(query):
+        raise InvalidRequest("The query names a parameter twice.")
+    return _load(_loader(schema), data)
 
 
 def _load(schema: Schema, data: Any) -> Any:

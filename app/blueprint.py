@@ -165,7 +165,12 @@ def make_blueprint(service: Service, url_prefix: str) -> Blueprint:
 
     def add(rule: str, endpoint: str, view: Callable[..., Response]) -> None:
         blueprint.add_url_rule(
-            rule, endpoint, view, methods=METHODS, provide_automatic_options=False
+            rule,
+            endpoint,
+            view,
+            methods=METHODS,
+            provide_automatic_options=False,
+            merge_slashes=False,  # a doubled slash is another path, and no redirection
         )
 
     for path in ROUTES:
