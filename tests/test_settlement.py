@@ -6,6 +6,7 @@ takes nothing more.
 
 from __future__ import annotations
 
+import itertools
 import random
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from acceptance.kit import Answer, Trader, wait_for
+from acceptance.kit import Answer, Trader, in_time, wait_for
 from httptrading.brokers.base import OPERATIONS, BaseBroker
 from httptrading.brokers.journal import (
     NOT_PLACED,
@@ -64,7 +65,7 @@ CROWD = 12
 
 @pytest.fixture
 def on(tmp_path: Path) -> Iterator[Stage]:
-    with stage(tmp_path) as running:
+    with stage(tmp_path, hard_limit=60.0) as running:
         running.ready()
         yield running
 
@@ -98,6 +99,17 @@ def unknown(answer: Answer, key: str = "k") -> None:
     assert answer.error["clientOrderId"] == key
 
 
+def left_at_the_broker(on: Stage) -> None:
+    """Places an order that a hanging broker has taken up when its client's time is over."""
+    trader = on.trader()
+    unknown(
+        in_time(
+            lambda seconds: trader.place(LIMIT_ORDER, key="k", timeout=seconds),
+            lambda answer: on.script.calls("place_order"),
+        )
+    )
+
+
 # --- after an unknown outcome -------------------------------------------------------------------
 def test_accepted_and_cut(on: Stage) -> None:
     trader = on.trader()
@@ -115,9 +127,10 @@ def test_never_arrived(on: Stage) -> None:
     trader = on.trader()
     on.script.do["place_order"] = LOST
     before = len(on.script.calls("recent_orders"))
-    unknown(trader.place(LIMIT_ORDER, key="k"))
-    unknown(trader.state(key="k"))
-    unknown(trader.cancel(key="k"))
+    with on.script.hold("recent_orders"):
+        unknown(trader.place(LIMIT_ORDER, key="k"))
+        unknown(trader.state(key="k"))
+        unknown(trader.cancel(key="k"))
     missing = until(lambda: trader.state(key="k"), "ORDER_NOT_FOUND")
     assert missing.status == 404 and "not placed" in missing.body["ex"]
     assert len(on.script.calls("recent_orders")) >= before + 2
@@ -136,7 +149,7 @@ def test_a_repetition_waits_for_the_settlement_and_then_sends(on: Stage) -> None
     del on.script.do["place_order"]
     with ThreadPoolExecutor(CROWD) as pool:
         answers = list(
-            pool.map(lambda _: on.trader().place(LIMIT_ORDER, key="k", timeout=20), range(CROWD))
+            pool.map(lambda _: on.trader().place(LIMIT_ORDER, key="k", timeout=30), range(CROWD))
         )
     assert all(answer.ok for answer in answers), answers
     assert len({answer["orderId"] for answer in answers}) == 1
@@ -154,8 +167,13 @@ def test_a_repetition_waits_for_the_settlement_and_then_sends(on: Stage) -> None
 )
 def test_a_listing_that_fails_proves_nothing(on: Stage, error: Exception) -> None:
     trader = on.trader()
-    on.script.do["recent_orders"] = raising(error)
-    on.script.do["place_order"] = accepting(on.script, LOST)
+
+    def lost(**_: Any) -> Any:
+        # Only now: a listing that is just ending may not cost the connection beforehand.
+        on.script.do["recent_orders"] = raising(error)
+        return LOST()
+
+    on.script.do["place_order"] = accepting(on.script, lost)
     unknown(trader.place(LIMIT_ORDER, key="k"))
     before = len(on.script.calls("recent_orders"))
     on.script.arrived("recent_orders", before + 2)
@@ -170,7 +188,7 @@ def test_a_call_still_running_is_never_given_up(tmp_path: Path) -> None:
         on.ready()
         trader = on.trader()
         with on.script.hold("place_order"):
-            unknown(trader.place(LIMIT_ORDER, key="k", timeout=1))
+            left_at_the_broker(on)
             before = len(on.script.calls("recent_orders"))
             on.script.arrived("recent_orders", before + 4)  # on the lane that replaced it
             unknown(trader.state(key="k"))
@@ -180,17 +198,19 @@ def test_a_call_still_running_is_never_given_up(tmp_path: Path) -> None:
         assert len(on.script.calls("place_order")) == 1
 
 
-def test_found_while_the_call_still_runs(on: Stage) -> None:
-    trader = on.trader()
-    stuck = threading.Event()
-    on.script.do["place_order"] = accepting(on.script, lambda **_: stuck.wait(30))
-    try:
-        unknown(trader.place(LIMIT_ORDER, key="k", timeout=1))
-        assert until(lambda: trader.state(key="k"), "")["order"]["orderId"] == "69788888"
-        again = trader.place(LIMIT_ORDER, key="k")
-        assert again.replayed and again["orderId"] == "69788888"
-    finally:
-        stuck.set()
+def test_found_while_the_call_still_runs(tmp_path: Path) -> None:
+    with stage(tmp_path) as on:
+        on.ready()
+        trader = on.trader()
+        stuck = threading.Event()
+        on.script.do["place_order"] = accepting(on.script, lambda **_: stuck.wait(300))
+        try:
+            left_at_the_broker(on)
+            assert until(lambda: trader.state(key="k"), "")["order"]["orderId"] == "69788888"
+            again = trader.place(LIMIT_ORDER, key="k")
+            assert again.replayed and again["orderId"] == "69788888"
+        finally:
+            stuck.set()
 
 
 class TwoLines(ScriptedBroker):
@@ -201,11 +221,11 @@ class TwoLines(ScriptedBroker):
 
 
 def test_a_listing_beside_a_running_call(tmp_path: Path) -> None:
-    with stage(tmp_path, kind=TwoLines, hard_limit=30.0) as on:
+    with stage(tmp_path, kind=TwoLines, hard_limit=60.0) as on:
         on.ready()
         trader = on.trader()
         with on.script.hold("place_order"):
-            unknown(trader.place(LIMIT_ORDER, key="k", timeout=1))
+            left_at_the_broker(on)
             before = len(on.script.calls("recent_orders"))
             on.script.arrived("recent_orders", before + 4)
             unknown(trader.state(key="k"))
@@ -213,21 +233,39 @@ def test_a_listing_beside_a_running_call(tmp_path: Path) -> None:
 
 
 def test_a_listing_that_began_before_the_order_proves_nothing(tmp_path: Path) -> None:
-    with stage(tmp_path, kind=TwoLines, hard_limit=30.0) as on:
+    with stage(tmp_path, kind=TwoLines, hard_limit=60.0) as on:
         on.ready()
         trader = on.trader()
+        assert trader.orders().ok  # and with it the gateway's own first listing has ended
+        lists = on.gateway.instance(INSTANCE).workers["list"]
+        before = len(on.script.calls("recent_orders"))
         empty: list[OrderReport] = []
-        gate = threading.Event()
-        on.script.do["recent_orders"] = lambda **_: (gate.wait(20), empty)[1]
-        with ThreadPoolExecutor(2) as pool:
-            lists = [pool.submit(on.trader().orders) for _ in range(2)]
-            on.script.arrived("recent_orders")
-            on.script.do["place_order"] = accepting(on.script, LOST)
-            unknown(trader.place(LIMIT_ORDER, key="k"))
-            gate.set()
-            assert all(one.result(20).ok for one in lists)
-        unknown(trader.state(key="k"))
-        del on.script.do["recent_orders"]
+        early, later = threading.Event(), threading.Event()
+
+        def listing(**_: Any) -> list[OrderReport]:
+            """The two that were asked for before the order know nothing of it."""
+            if len(on.script.calls("recent_orders")) - before <= 2:
+                early.wait(300)
+                return empty
+            later.wait(300)
+            return list(on.script.orders)
+
+        on.script.do["recent_orders"] = listing
+        try:
+            with ThreadPoolExecutor(2) as pool:
+                asked = [pool.submit(on.trader().orders) for _ in range(2)]
+                on.script.arrived("recent_orders", before + 1)
+                wait_for(lists.queued, "the second to queue")
+                on.script.do["place_order"] = accepting(on.script, LOST)
+                unknown(trader.place(LIMIT_ORDER, key="k"))
+                early.set()
+                assert all(one.result(60).ok for one in asked)
+            unknown(trader.state(key="k"))
+            on.script.arrived("recent_orders", before + 3)  # settlement's own
+            unknown(trader.state(key="k"))
+        finally:
+            early.set()
+            later.set()
         until(lambda: trader.state(key="k"), "")
 
 
@@ -269,8 +307,12 @@ def test_deadlines_that_pass_at_any_moment(tmp_path: Path) -> None:
             chance = random.Random(number)
             for key in (f"{number}-{each}" for each in range(12)):
                 in_doubt = False
-                for turn in range(100):
-                    patience = chance.uniform(0, 0.08) if turn < 4 else 10.0
+                end = time.monotonic() + 120
+                for turn in itertools.count():
+                    patience = chance.uniform(0, 0.08) if turn < 4 else 30.0
+                    if time.monotonic() > end:
+                        problems.append(f"{key}: never answered")
+                        break
                     try:
                         placed = instance.place(REQUEST, key, time.monotonic() + patience)
                     except Rejected:
@@ -281,6 +323,7 @@ def test_deadlines_that_pass_at_any_moment(tmp_path: Path) -> None:
                         in_doubt = in_doubt or error.outcome == "unknown"
                         if not in_doubt and key in keys_there:
                             problems.append(f"{key}: not sent, they say: {error!r}")
+                        time.sleep(0.01)  # a connection that is being made again refuses at once
                         continue
                     marks = [call.arguments for call in on.script.calls("place_order")]
                     mine = {one["mark"] for one in marks if one["client_order_id"] == key}
@@ -288,8 +331,6 @@ def test_deadlines_that_pass_at_any_moment(tmp_path: Path) -> None:
                     if [one.order.order_id for one in there] != [placed.order_id]:
                         problems.append(f"{key}: {placed} is not {there}")
                     break
-                else:
-                    problems.append(f"{key}: never answered")
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(trade, range(8)))
@@ -377,9 +418,9 @@ def test_without_a_listing_it_stays_unknown(tmp_path: Path) -> None:
         until(trader.cash, "")
         on.script.do["place_order"] = accepting(on.script, LOST)
         unknown(trader.place(LIMIT_ORDER, key="k"))
-        again = trader.place(LIMIT_ORDER, key="k", timeout=20)
+        again = trader.place(LIMIT_ORDER, key="k", timeout=30)
         unknown(again)
-        assert again.seconds < 10, "there is nothing to wait for"
+        assert again.seconds < 20, "there is nothing to wait for"
         on.script.brokers[-1].report(on.script.orders[0])
         until(lambda: trader.state(key="k"), "")
         assert len(on.script.calls("place_order")) == 1
@@ -390,7 +431,7 @@ def test_rows_of_an_earlier_life(tmp_path: Path) -> None:
     """What a crash leaves, whatever line it struck at."""
     with closing(Journal(f"sqlite:///{tmp_path / 'journal.sqlite'}")) as journal:
         rows = {
-            key: journal.begin(INSTANCE, key, 1, REQUEST).result(10)[0]
+            key: journal.begin(INSTANCE, key, 1, REQUEST).result(60)[0]
             for key in ("arrived", "lost", "unknown", "placed", "refused", "never")
         }
         for key, outcome in (
@@ -399,7 +440,7 @@ def test_rows_of_an_earlier_life(tmp_path: Path) -> None:
             ("refused", Outcome(REFUSED, reason="No buying power.")),
             ("never", Outcome(NOT_PLACED, reason="Busy.")),
         ):
-            journal.settle(rows[key], outcome).result(10)
+            journal.settle(rows[key], outcome).result(60)
         marks = {key: journal.mark(INSTANCE, key, 1) for key in rows}
 
     def remember(script: Script) -> None:
@@ -473,7 +514,7 @@ def test_a_crash_between_any_two_steps(tmp_path: Path, place: str, sent: int) ->
     done = subprocess.run(
         [sys.executable, "-c", CRASH, str(tmp_path), place],
         env={"PYTHONPATH": str(Path(__file__).parent), "PATH": "/usr/bin:/bin"},
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 9
     book = tmp_path / "broker"
@@ -485,7 +526,7 @@ def test_a_crash_between_any_two_steps(tmp_path: Path, place: str, sent: int) ->
 
     with stage(tmp_path / "data", before=remember) as on:
         trader = on.trader()
-        answer = until(lambda: trader.place(LIMIT_ORDER, key="k", timeout=20), "")
+        answer = until(lambda: trader.place(LIMIT_ORDER, key="k", timeout=30), "")
         assert answer.replayed is bool(sent)
         assert len(on.script.calls("place_order")) + sent == 1
         assert answer["orderId"] == on.script.orders[0].order.order_id
@@ -494,20 +535,22 @@ def test_a_crash_between_any_two_steps(tmp_path: Path, place: str, sent: int) ->
 
 def test_a_stop_while_an_order_is_being_sent(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
-        with stage(tmp_path, hard_limit=30.0) as on:
+        with stage(tmp_path, hard_limit=60.0) as on:
             on.ready()
             gate = threading.Event()
-            on.script.do["place_order"] = accepting(on.script, lambda **_: gate.wait(20))
+            on.script.do["place_order"] = accepting(on.script, lambda **_: gate.wait(300))
             sending = pool.submit(on.trader().place, LIMIT_ORDER, key="sent", timeout=30)
             on.script.arrived("place_order")
             queued = pool.submit(on.trader().place, LIMIT_ORDER, key="queued", timeout=30)
             instance = on.gateway.instance(INSTANCE)
             wait_for(lambda: instance.workers["trade"].queued() or None, "the second to queue")
             on.gateway.drain()
-            busy = queued.result(20)
+            busy = queued.result(60)
             assert (busy.status, busy.code, busy.error["outcome"]) == (503, "BUSY", "none")
-            unknown(sending.result(20), "sent")
+            unknown(sending.result(60), "sent")
             gate.set()
+            # As long as it runs, nobody else may have the instance.
+            wait_for(lambda: not instance.is_stuck, "the call to end")
             there = list(on.script.orders)
 
     def remember(script: Script) -> None:
@@ -520,7 +563,7 @@ def test_a_stop_while_an_order_is_being_sent(tmp_path: Path) -> None:
 
 
 def test_a_stop_does_not_wait_for_a_settlement(tmp_path: Path) -> None:
-    with stage(tmp_path) as on, ThreadPoolExecutor(1) as pool:
+    with stage(tmp_path, hard_limit=60.0) as on, ThreadPoolExecutor(1) as pool:
         on.ready()
         on.script.do["recent_orders"] = raising(TimedOut("Slow."))
         on.script.do["place_order"] = LOST
@@ -528,7 +571,9 @@ def test_a_stop_does_not_wait_for_a_settlement(tmp_path: Path) -> None:
         waiting = pool.submit(on.trader().place, LIMIT_ORDER, key="k", timeout=30)
         on.script.arrived("recent_orders", 3)
         on.gateway.drain()
-        unknown(waiting.result(15))
+        answer = waiting.result(60)
+        unknown(answer)
+        assert answer.seconds < 25, "not its own 30 s"
 
 
 def test_a_stuck_order_keeps_its_instance(tmp_path: Path) -> None:
@@ -536,8 +581,8 @@ def test_a_stuck_order_keeps_its_instance(tmp_path: Path) -> None:
     with stage(tmp_path) as on:
         on.ready()
         gate = threading.Event()
-        on.script.do["place_order"] = accepting(on.script, lambda **_: gate.wait(60))
-        unknown(on.trader().place(LIMIT_ORDER, key="k", timeout=1))
+        on.script.do["place_order"] = accepting(on.script, lambda **_: gate.wait(300))
+        left_at_the_broker(on)
         on.gateway.close(0.2)
         with stage(tmp_path) as other:
             answer = other.trader().place(LIMIT_ORDER, key="k")
@@ -547,8 +592,7 @@ def test_a_stuck_order_keeps_its_instance(tmp_path: Path) -> None:
 
 
 def test_a_broker_that_is_down_is_not_asked_without_pause(on: Stage) -> None:
-    on.script.do["place_order"] = LOST
-    unknown(on.trader().place(LIMIT_ORDER, key="k"))
+    down = raising(BrokerUnavailable("Down."))
     instance = on.gateway.instance(INSTANCE)
     asked: list[float] = []
     list_recent = instance.list_recent
@@ -557,12 +601,18 @@ def test_a_broker_that_is_down_is_not_asked_without_pause(on: Stage) -> None:
         asked.append(time.monotonic())
         return list_recent(deadline)
 
+    def cut(**_: Any) -> Any:
+        # All at once: no listing comes through that would settle it.
+        on.script.do |= {"connect": down, "recent_orders": down}
+        on.script.brokers[-1].lost("The line was cut")
+        return LOST()
+
     instance.list_recent = counted
-    on.script.do["connect"] = raising(BrokerUnavailable("Down."))
-    on.script.brokers[-1].lost("The line was cut")
+    on.script.do["place_order"] = cut
+    unknown(on.trader().place(LIMIT_ORDER, key="k"))
     wait_for(lambda: len(asked) >= 3 or None, "settlement to try again")
-    assert asked[-1] - asked[0] >= 1.0
-    del on.script.do["connect"]
+    assert asked[2] - asked[0] >= 1.0
+    del on.script.do["connect"], on.script.do["recent_orders"]
     trader = on.trader()
     until(lambda: trader.state(key="k"), "ORDER_NOT_FOUND")
 
@@ -677,15 +727,18 @@ def test_cancel_all(on: Stage) -> None:
     assert nodes[ids[2]]["requested"] is False and nodes[ids[2]]["ex"] == "Too late."
 
 
-def test_cancel_all_tells_of_what_it_cannot_reach(on: Stage) -> None:
-    trader = on.trader()
-    order_id = trader.placed(LIMIT_ORDER)
-    with on.script.hold("place_order"):
-        unknown(trader.place(LIMIT_ORDER, key="k", timeout=1))
-        reached, hidden = trader.post("order/cancel-all", {})["orders"]
-        assert (reached["orderId"], reached["requested"]) == (order_id, True)
-        assert (hidden["orderId"], hidden["requested"]) == ("", False)
-        assert "clientOrderId=k" in hidden["ex"]
+def test_cancel_all_tells_of_what_it_cannot_reach(tmp_path: Path) -> None:
+    with stage(tmp_path) as on:
+        on.ready()
+        trader = on.trader()
+        order_id = trader.placed(LIMIT_ORDER)
+        on.script.received.clear()
+        with on.script.hold("place_order"):
+            left_at_the_broker(on)
+            reached, hidden = trader.post("order/cancel-all", {})["orders"]
+            assert (reached["orderId"], reached["requested"]) == (order_id, True)
+            assert (hidden["orderId"], hidden["requested"]) == ("", False)
+            assert "clientOrderId=k" in hidden["ex"]
 
 
 def test_read_only(tmp_path: Path) -> None:
@@ -819,7 +872,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
         env={"PYTHONPATH": str(Path(__file__).parent), "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0 and "as it should be" in done.stdout, done.stdout + done.stderr
 
@@ -856,13 +909,14 @@ def test_a_disk_that_hangs(on: Stage) -> None:
     trader: Trader = on.trader()
     commits = on.gateway._journal._commits
     gate = threading.Event()
-    commits.post(lambda connection: gate.wait(30))
-    began = time.monotonic()
-    answer = trader.place(LIMIT_ORDER, key="k", timeout=1)
-    assert answer.code in ("BUSY", "TIMEOUT") and answer.error["outcome"] == "none", answer
-    assert time.monotonic() - began < 10
-    assert trader.cash().ok
-    gate.set()
+    commits.post(lambda connection: gate.wait(300))
+    try:
+        answer = trader.place(LIMIT_ORDER, key="k", timeout=1)
+        assert answer.code in ("BUSY", "TIMEOUT") and answer.error["outcome"] == "none", answer
+        assert answer.seconds < 20
+        assert trader.cash().ok
+    finally:
+        gate.set()
     assert on.script.calls("place_order") == []
     until(lambda: trader.place(LIMIT_ORDER, key="k"), "")
     assert len(on.script.calls("place_order")) == 1
@@ -873,17 +927,16 @@ def test_a_disk_that_hangs_holds_no_question_up(on: Stage) -> None:
     trader: Trader = on.trader()
     order_id = trader.placed(LIMIT_ORDER)
     gate = threading.Event()
-    on.gateway._journal._commits.post(lambda connection: gate.wait(30))
+    on.gateway._journal._commits.post(lambda connection: gate.wait(300))
     try:
-        began = time.monotonic()
         for filled in (3, 4):
             known = replace(on.script.orders[0].order, filled_qty=filled)
             on.script.orders[0] = replace(on.script.orders[0], order=known)
-            found = trader.state(order_id, timeout=1)
-            assert found.ok and found["order"]["filledQty"] == filled, found
-            listed = trader.request("GET", "order/list", headers={"HT-TIMEOUT": "1"})
+            found = until(lambda: trader.state(order_id, timeout=1), "")
+            assert found["order"]["filledQty"] == filled, found
+            listed = until(lambda: trader.orders(timeout=1), "")
             assert [node["filledQty"] for node in listed["orders"]] == [filled], listed
-        assert time.monotonic() - began < 20
+            assert max(found.seconds, listed.seconds) < 20
     finally:
         gate.set()
     wait_for(
