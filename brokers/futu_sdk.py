@@ -175,6 +175,7 @@ def open_context(
         Context.__init__(context, **arguments)
     finally:
         watchdog.cancel()
+        watchdog.join()  # one that has begun is seen below: nobody would be told of its closing
     context.live = True
     if context.status != "READY" or context.closing:
         close_context(context)

@@ -8,14 +8,30 @@ All amounts are `Decimal`, all times `time.monotonic()` seconds unless named oth
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import Enum
 from typing import Any
+
+
+def keep_port(owner: object, port: int = 0) -> int:
+    """A loopback port (0: a free one) that nobody else is given as long as `owner` lives.
+
+    It is bound without listening, so connections are refused while the owner's server is down; a
+    server that binds with SO_REUSEADDR may listen there, and again after it was closed.
+    """
+    kept = socket.socket()
+    weakref.finalize(owner, kept.close)
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    kept.bind(("127.0.0.1", port))
+    found: int = kept.getsockname()[1]
+    return found
 
 
 class OrderStatus(Enum):
@@ -228,7 +244,7 @@ class Exchange:
         with self.lock:
             return [request for request in self.requests if request.operation == operation]
 
-    def wait_for(self, condition: Callable[[], Any], timeout: float = 20.0) -> None:
+    def wait_for(self, condition: Callable[[], Any], timeout: float = 60.0) -> None:
         """Waits until the condition holds; fails loudly when it does not in time."""
         with self.changed:
             if not self.changed.wait_for(condition, timeout):

@@ -40,6 +40,7 @@ from simulators.exchange import (
     Fault,
     FaultKind,
     OrderStatus,
+    keep_port,
 )
 
 HEADER = struct.Struct("<1s1sI2B2I20s8s")
@@ -186,7 +187,9 @@ class OpenD:
         self.ret_type = 0
         self._rsa = RSA.import_key(rsa_key.read_bytes()) if rsa_key else None
         self._restart_locked = locked
+        self._port_is_kept = False
         self._listener: socket.socket | None = None
+        self._accepting: threading.Thread | None = None
         self._connections: set[Connection] = set()
         self._threads: set[threading.Thread] = set()
         self._timers: list[threading.Timer] = []
@@ -214,15 +217,16 @@ class OpenD:
 
     # --- life -------------------------------------------------------------------------------
     def start(self) -> OpenD:
+        if not self._port_is_kept:  # from now on, also while it is stopped
+            self.port, self._port_is_kept = keep_port(self, self.port), True
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", self.port))
         listener.listen(64)
-        self.port = listener.getsockname()[1]
         self._listener = listener
         self.locked = self._restart_locked  # the unlocked state does not survive a restart
         self.exchange.on_change.append(self.push)
-        self._spawn(self._accept, listener)
+        self._accepting = self._spawn(self._accept, listener)
         return self
 
     def stop(self) -> None:
@@ -235,9 +239,11 @@ class OpenD:
         listener.close()
         for timer in self._timers:
             timer.cancel()
+        if self._accepting is not None:
+            self._accepting.join(60)  # so that every connection is known, and cut
         self.cut()
         for thread in list(self._threads):
-            thread.join(5)
+            thread.join(60)
 
     def __enter__(self) -> OpenD:
         return self.start()
@@ -276,10 +282,11 @@ class OpenD:
         with self._lock:
             return len(self._connections)
 
-    def _spawn(self, target: Callable[..., None], *args: Any) -> None:
+    def _spawn(self, target: Callable[..., None], *args: Any) -> threading.Thread:
         thread = threading.Thread(target=target, args=args, name="opend", daemon=True)
         self._threads.add(thread)
         thread.start()
+        return thread
 
     def _accept(self, listener: socket.socket) -> None:
         while True:

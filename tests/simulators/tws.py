@@ -20,7 +20,8 @@ import itertools
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -34,6 +35,7 @@ from simulators.exchange import (
     Fault,
     FaultKind,
     OrderStatus,
+    keep_port,
 )
 from simulators.tws_wire import (
     COMPLETED_ORDER,
@@ -146,11 +148,14 @@ class Tws:
         self._clients: set[_Connection] = set()
         self._told_fills: set[str] = set()
         self._collected: list[ExchangeOrder] | None = None
+        self._port_is_kept = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
     # --- life -----------------------------------------------------------------------------
     def start(self) -> Tws:
+        if not self._port_is_kept:  # from now on, also while it is stopped
+            self.port, self._port_is_kept = keep_port(self, self.port), True
         ready = threading.Event()
         failure: list[BaseException] = []
         loop = asyncio.new_event_loop()
@@ -159,14 +164,15 @@ class Tws:
             asyncio.set_event_loop(loop)
             try:
                 server = loop.run_until_complete(
-                    loop.create_server(lambda: _Connection(self), self.host, self.port)
+                    loop.create_server(
+                        lambda: _Connection(self), self.host, self.port, reuse_address=True
+                    )
                 )
             except OSError as error:
                 failure.append(error)
                 loop.close()
                 ready.set()
                 return
-            self.port = server.sockets[0].getsockname()[1]
             ready.set()
             loop.run_forever()
             server.close()
@@ -193,7 +199,7 @@ class Tws:
         self.exchange.on_change.remove(self._on_change)
         loop, self._loop = self._loop, None
         loop.call_soon_threadsafe(loop.stop)
-        self._thread.join(10)
+        self._thread.join(60)
         self._thread = None
         self._summaries.clear()
 
@@ -303,7 +309,7 @@ class Tws:
                 done.set()
 
         loop.call_soon_threadsafe(run)
-        done.wait(10)
+        done.wait(60)
 
     def _on_change(self, order: ExchangeOrder) -> None:
         snapshot = replace(order, fills=list(order.fills))
@@ -409,6 +415,7 @@ class _Connection(asyncio.Protocol):
         self._said_api = False
         self._times: list[float] = []
         self._late: list[list[str]] | None = None  # messages behind one that is answered late
+        self._gathered: list[bytes] | None = None  # messages that go out as one
         self.transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -453,7 +460,22 @@ class _Connection(asyncio.Protocol):
         if self.muted or self.tws.deaf or self.transport.is_closing():
             return
         message = b"".join(f"{written(field)}\0".encode() for field in fields)
-        self.transport.write(struct.pack(">I", len(message)) + message)
+        message = struct.pack(">I", len(message)) + message
+        if self._gathered is not None:
+            self._gathered.append(message)
+        else:
+            self.transport.write(message)
+
+    @contextmanager
+    def _as_one(self) -> Iterator[None]:
+        """What is sent inside arrives together, however slowly this thread runs."""
+        self._gathered = gathered = []
+        try:
+            yield
+        finally:
+            self._gathered = None
+        if gathered and not self.transport.is_closing():
+            self.transport.write(b"".join(gathered))
 
     def error(self, request_id: int, code: int, text: str) -> None:
         self.send(4, 2, request_id, code, text, "")
@@ -944,21 +966,22 @@ class _Connection(asyncio.Protocol):
         quote = self.exchange.quote(listing.region, listing.ticker)
         halted = (listing.region, listing.ticker) in self.tws.halted or not quote.is_tradable
         last, high, low, close, open_ = (68, 72, 73, 75, 76) if delayed else (4, 6, 7, 9, 14)
-        self.send(58, 1, request_id, 3 if delayed else 1)
-        # Bid and ask without a price: -1 means "none".
-        self.send(1, 6, request_id, 66 if delayed else 1, -1, 0, 0)
-        for tick, price in (
-            (last, quote.latest),
-            (high, quote.high_price),
-            (low, quote.low_price),
-            (close, quote.pre_close),
-            (open_, quote.open_price),
-        ):
-            self.send(1, 6, request_id, tick, price, 100, 0)
-        self.send(46, 6, request_id, 88 if delayed else 45, int(quote.epoch))
-        self.send(45, 6, request_id, 90 if delayed else 49, 1 if halted else 0)
-        if self.tws.snapshot_ends:
-            self.send(57, 1, request_id)
+        with self._as_one():
+            self.send(58, 1, request_id, 3 if delayed else 1)
+            # Bid and ask without a price: -1 means "none".
+            self.send(1, 6, request_id, 66 if delayed else 1, -1, 0, 0)
+            for tick, price in (
+                (last, quote.latest),
+                (high, quote.high_price),
+                (low, quote.low_price),
+                (close, quote.pre_close),
+                (open_, quote.open_price),
+            ):
+                self.send(1, 6, request_id, tick, price, 100, 0)
+            self.send(46, 6, request_id, 88 if delayed else 45, int(quote.epoch))
+            self.send(45, 6, request_id, 90 if delayed else 49, 1 if halted else 0)
+            if self.tws.snapshot_ends:
+                self.send(57, 1, request_id)
 
 
 def _code_and_text(text: str, default: int) -> tuple[int, str]:
