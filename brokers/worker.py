@@ -50,6 +50,10 @@ STEADY = 5.0
 REPLACE_GRACE = 0.25
 """Seconds a call may run past its limit before its lane is given up."""
 
+STUCK_LOOKS = 3
+"""Looks in a row that must find a lane beyond its limit: after a standstill of the whole process (a
+suspended machine) every limit has passed at the first look, and no broker is to blame."""
+
 MOST_ABANDONED = 8
 """Stuck threads per worker; beyond, no more are made until one of them ends."""
 
@@ -278,7 +282,8 @@ class Worker:
             if lane is None or self._closing:
                 return
             reason = lane.stuck(now)
-            if not reason or len(self._abandoned) >= MOST_ABANDONED:
+            lane.looks_beyond = lane.looks_beyond + 1 if reason else 0
+            if lane.looks_beyond < STUCK_LOOKS or len(self._abandoned) >= MOST_ABANDONED:
                 return
             self.state.replacements += 1
             self._disconnected_locked(reason)
@@ -388,6 +393,7 @@ class _Lane(threading.Thread):
     def __init__(self, worker: Worker, pause: float) -> None:
         super().__init__(name=f"httptrading-{worker.name}", daemon=True)
         self.current: Call | None = None
+        self.looks_beyond = 0  # in a row that have found it stuck
         self._worker = worker
         self._pause = pause
         self._loop = asyncio.new_event_loop()

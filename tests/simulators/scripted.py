@@ -86,7 +86,7 @@ class Script:
 
         def hanging(name: str) -> Callable[..., Any]:
             def run(**arguments: Any) -> Any:
-                self.held.wait(60)
+                self.held.wait(300)
                 old = before[name]
                 return old(**arguments) if old else self.usual(name, arguments)
 
@@ -262,8 +262,9 @@ def stage(
         kind({"script": script}, f"ScriptedBroker{number:04}", [f"scriptedToken{number:06}"])
         for number, script in enumerate(scripts)
     ]
-    # Long enough for a busy machine: a thread that does not get its turn for so long is replaced.
-    settings.setdefault("hard_limit", 1.0)
+    # What must succeed has room on a machine that stands still for seconds; a test of a deadline
+    # gives its own. The limit for stuck calls is short, since a hanging one is waited for.
+    settings = {"deadline": 30.0, "connect_timeout": 60.0, "hard_limit": 1.0} | settings
     app = create_app(
         brokers=[InstanceSettings(broker, **settings) for broker in brokers],
         data_dir=data_dir,
