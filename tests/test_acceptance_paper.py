@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar
 
-import psutil
 import pytest
 
 from acceptance.cases import BrokerAcceptance
@@ -69,7 +70,7 @@ class PaperSubject(Subject):
 
     def __init__(self, data_dir: Path, broker_args: dict[str, Any] | None = None) -> None:
         WatchedPaper.received.clear()
-        super().__init__(WatchedPaper(broker_args), data_dir)
+        super().__init__(WatchedPaper(broker_args), data_dir, hard_limit=60.0)  # nothing hangs
 
     def ready(self) -> None:
         super().ready()
@@ -204,19 +205,17 @@ class BorrowingSubject(PaperSubject):
 
 def test_in_a_child_process(tmp_path: Path) -> None:
     """The same account behind a child process that is killed between two orders."""
-    with Subject(Paper(), tmp_path, isolation="process") as subject:
+    with Subject(Paper(), tmp_path, isolation="process", hard_limit=60.0) as subject:
         subject.ready()
         trader = subject.trader()
         order = subject.market_order()
         assert order is not None
         first = trader.placed(order)
         assert trader.wait_order(first, isFilled=True)["filledQty"] == 12
-        child = next(
-            one
-            for one in psutil.Process().children(recursive=True)
-            if "httptrading" in " ".join(one.cmdline())
-        )
-        child.kill()
+        assert subject.app is not None
+        instance = subject.app.extensions["httptrading"].instance(subject.broker.instance_id)
+        (worker,) = instance.workers.values()
+        os.kill(worker._lane.pid, signal.SIGKILL)
         key = subject.key()
         wait_for(lambda: trader.place(order, key=key).ok, "the account to be served again")
         trader.wait_order(key=key, isFilled=True)
