@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 import pytest
 
+from acceptance.kit import wait_for
 from httptrading.app.logs import MOST_WAITING, JsonLines, WrittenAside
 
 
@@ -34,15 +35,25 @@ def lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def written(handler: WrittenAside, stream: io.StringIO, count: int) -> list[dict[str, Any]]:
+    """The lines when there are so many; one `flush` waits for a second at most."""
+
+    def look() -> bool:
+        handler.flush()
+        return len(stream.getvalue().splitlines()) >= count
+
+    wait_for(look, f"{count} lines")
+    return lines(stream.getvalue())
+
+
 def test_lines_in_their_order_and_without_secrets(logger: logging.Logger) -> None:
     stream = io.StringIO()
     handler = aside(logger, stream)
     for number in range(100):
         logger.info("event %d of a-long-secret", number, extra={"status": number})
-    handler.flush()
-    written = lines(stream.getvalue())
-    assert [line["event"] for line in written] == [f"event {n} of ***" for n in range(100)]
-    assert [line["status"] for line in written] == list(range(100))
+    found = written(handler, stream, 100)
+    assert [line["event"] for line in found] == [f"event {n} of ***" for n in range(100)]
+    assert [line["status"] for line in found] == list(range(100))
 
 
 def test_a_record_that_makes_no_sense_ends_nothing(
@@ -52,8 +63,7 @@ def test_a_record_that_makes_no_sense_ends_nothing(
     handler = aside(logger, stream)
     logger.info("%d", "not a number")
     logger.info("after it")
-    handler.flush()
-    assert [line["event"] for line in lines(stream.getvalue())] == ["after it"]
+    assert [line["event"] for line in written(handler, stream, 1)] == ["after it"]
     assert "Logging error" in capsys.readouterr().err
 
 

@@ -12,7 +12,14 @@ from flask import Flask
 from prometheus_client.parser import text_string_to_metric_families
 
 from acceptance.kit import wait_for
-from httptrading import BaseBroker, BrokerUnavailable, Window, combine, create_app
+from httptrading import (
+    BaseBroker,
+    BrokerUnavailable,
+    InstanceSettings,
+    Window,
+    combine,
+    create_app,
+)
 from httptrading.brokers.base import Combination
 from httptrading.model import Cash, Lifecycle, OrderType, TimeInForce
 
@@ -23,7 +30,7 @@ HEADERS = {"HT-TOKEN": TOKEN}
 
 
 class Limited(BaseBroker):
-    windows = {"asking": Window(5, 60)}
+    windows = {"asking": Window(5, 3600)}
     costs = {"cash": ("asking",)}
     ages = {"cash": 0}
     combinations = combine(["US"], [OrderType.Limit], [TimeInForce.DAY], [Lifecycle.RTH])
@@ -41,7 +48,9 @@ class Down(BaseBroker):
 @pytest.fixture
 def app(tmp_path: Path) -> Iterator[Flask]:
     brokers = [Limited({"account": str(tmp_path)}, INSTANCE, [TOKEN]), Down({}, DOWN, [DOWN_TOKEN])]
-    app = create_app(brokers=brokers, data_dir=tmp_path, metrics_token=METRICS_TOKEN)
+    # Room for a machine that stands still for seconds: nothing here is to be late or replaced.
+    instances = [InstanceSettings(broker, deadline=30.0, hard_limit=60.0) for broker in brokers]
+    app = create_app(brokers=instances, data_dir=tmp_path, metrics_token=METRICS_TOKEN)
     yield app
     app.extensions["httptrading"].close()
 
@@ -118,7 +127,7 @@ def test_instance_state_tells_limits_and_what_the_broker_takes(app: Flask) -> No
     assert found["connections"][0]["connected"] is True
     assert found["connections"][0]["lastError"] == ""
     assert found["limits"] == [
-        {"type": "limit", "name": "asking", "limit": 5, "seconds": 60, "left": 4}
+        {"type": "limit", "name": "asking", "limit": 5, "seconds": 3600, "left": 4}
     ]
     assert found["operations"] == ["ping", "cash"]
     assert found["quoteRegions"] == ["US"]

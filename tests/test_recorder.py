@@ -19,6 +19,7 @@ from httptrading.errors import Busy
 from httptrading.model import Order, OrderReport
 
 ID = "RecorderInstance1"
+PATIENCE = 60.0
 
 
 class Broken(Journal):
@@ -47,7 +48,7 @@ def recorder(journal: Broken) -> Iterator[Recorder]:
     recorder = Recorder(journal)
     recorder.start()
     yield recorder
-    recorder.stop(10)
+    recorder.stop(PATIENCE)
 
 
 def push(recorder: Recorder, order_id: str, **fields: Any) -> threading.Event:
@@ -65,11 +66,11 @@ def known(journal: Journal) -> set[str]:
 def test_a_storm_costs_few_transactions(journal: Broken, recorder: Recorder) -> None:
     commits: list[Any] = []
     gate = threading.Event()
-    journal._commits.post(lambda connection: gate.wait(10))
+    journal._commits.post(lambda connection: gate.wait(PATIENCE))
     sa.event.listen(journal._writer, "commit", commits.append)
     told = [push(recorder, str(number % 50), filled_qty=number // 50) for number in range(500)]
     gate.set()
-    assert all(written.wait(10) for written in told)
+    assert all(written.wait(PATIENCE) for written in told)
     assert len(commits) < 20
     rows = journal.orders(ID, open_=None, since=None, limit=1000)
     assert len(rows) == 50 and all(row.order.filled_qty == 9 for row in rows)
@@ -89,19 +90,19 @@ def test_a_stuck_journal_gets_them_later(journal: Broken, recorder: Recorder) ->
     recorder.outcome(ID, write, ended.set)
     assert not told[0].wait(0.8) and known(journal) == set()
     journal.failure = None
-    assert all(written.wait(10) for written in told) and ended.wait(10)
+    assert all(written.wait(PATIENCE) for written in told) and ended.wait(PATIENCE)
     assert known(journal) == {"0", "1", "2"} and outcomes == ["written"]
 
 
 def test_an_odd_push_takes_no_other_with_it(journal: Broken, recorder: Recorder) -> None:
     journal.odd = "odd"
     gate = threading.Event()
-    journal._commits.post(lambda connection: gate.wait(10))
+    journal._commits.post(lambda connection: gate.wait(PATIENCE))
     push(recorder, "before")
     odd = push(recorder, "odd")
     after = push(recorder, "after")
     gate.set()
-    assert after.wait(10)
+    assert after.wait(PATIENCE)
     assert known(journal) == {"before", "after"} and not odd.is_set()
 
 
@@ -109,7 +110,7 @@ def test_the_end_writes_what_has_come(journal: Broken) -> None:
     recorder = Recorder(journal)
     told = [push(recorder, str(number)) for number in range(1200)]
     recorder.start()
-    recorder.stop(20)
+    recorder.stop(PATIENCE)
     assert all(written.is_set() for written in told)
 
 
@@ -118,5 +119,5 @@ def test_the_end_does_not_wait_for_a_stuck_journal(journal: Broken) -> None:
     recorder = Recorder(journal)
     recorder.start()
     written = push(recorder, "1")
-    recorder.stop(10)
+    recorder.stop(PATIENCE)
     assert not recorder._thread.is_alive() and not written.is_set()
