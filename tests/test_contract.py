@@ -85,10 +85,15 @@ def on(theater: Stage) -> Iterator[Stage]:
 
 
 def asked(on: Stage) -> list[str]:
-    """What reached the broker, but for what the gateway itself asks, at any time, about orders
-    whose outcome a test before has left open."""
-    its_own = {"connect", "close", "recent_orders", "order"}
-    return [one.operation for one in list(on.script.received) if one.operation not in its_own]
+    """What reached the broker, but for what the gateway itself asks at any time: listings, about
+    orders whose outcome a test before has left open, and orders that it has placed."""
+    placed = {report.order.order_id for report in on.script.orders}
+    return [
+        one.operation
+        for one in list(on.script.received)
+        if one.operation != "recent_orders"
+        and not (one.operation == "order" and one.arguments["order_id"] in placed)
+    ]
 
 
 def place(on: Stage, **changes: Any) -> Answer:
