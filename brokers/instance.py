@@ -336,7 +336,9 @@ class Instance:
             pass
         if self._reads.leave(shared) and worker.withdraw(call):
             call.set_exception(not_sent_in_time())
-        raise worker.unavailable() or TimedOut(
+        # A call that began was sent, even if its connection has been replaced for it meanwhile.
+        unavailable = worker.unavailable() if call.began is None else None
+        raise unavailable or TimedOut(
             f"{self.broker.broker_display} did not answer before the deadline."
         )
 
