@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -21,9 +22,11 @@ import pytest
 from httptrading.brokers.base import BaseBroker
 from httptrading.brokers.registry import broker_register
 from httptrading.model import Cash
+from simulators.exchange import keep_port
 
 ROOT = Path(__file__).parent.parent
 ID, TOKEN = "kQ4xV8mT1zR6pW9c", "b7Jd-2Ls9Qa0Xe5Ru8Yt"
+PATIENCE = 60.0
 
 
 @broker_register("hanging", "Hanging broker")
@@ -39,9 +42,7 @@ class HangingBroker(BaseBroker):
 class Service:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            self.port: int = listener.getsockname()[1]
+        self.port = keep_port(self)
         self.config = ""
         self.environ: dict[str, str] = {}
 
@@ -71,7 +72,7 @@ class Service:
         return self.log_path.read_text()
 
     def wait_for(self, condition: Callable[[], Any]) -> Any:
-        end = time.monotonic() + 30
+        end = time.monotonic() + PATIENCE
         while not (found := condition()):
             assert time.monotonic() < end, self.log
             time.sleep(0.05)
@@ -84,9 +85,9 @@ class Service:
     def running(self, *options: str) -> Iterator[subprocess.Popen[str]]:
         process = self.start(*options)
         try:
-            end = time.monotonic() + 30
+            end = time.monotonic() + PATIENCE
             while True:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, http.client.HTTPException):
                     self.get("healthz")
                     break
                 assert process.poll() is None and time.monotonic() < end, self.log
@@ -94,16 +95,17 @@ class Service:
             yield process
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(PATIENCE)
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
 
     def get(self, path: str, **headers: str) -> Any:
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/httptrading/{path}", headers=headers
+            f"http://127.0.0.1:{self.port}/httptrading/{path}",
+            headers={"HT-TIMEOUT": "30", **headers},
         )
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             return json.load(answer)
 
 
@@ -129,8 +131,9 @@ def test_without_configuration_the_printed_curl_line_works(service: Service) -> 
         line = service.wait_for_log(r"curl -H 'HT-TOKEN: \S+' \S+")
         done = re.fullmatch(r"curl -H 'HT-TOKEN: (\S+)' (\S+)", line)
         assert done
-        request = urllib.request.Request(done[2], headers={"HT-TOKEN": done[1]})
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        headers = {"HT-TOKEN": done[1], "HT-TIMEOUT": "30"}
+        request = urllib.request.Request(done[2], headers=headers)
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             assert json.load(answer)["cash"]["currency"] == "USD"
 
 
@@ -153,20 +156,22 @@ def test_the_token_is_shown_by_make_run_only(service: Service) -> None:
 def test_what_would_break_the_rule_of_one_process_is_refused(
     service: Service, options: tuple[str, ...], reason: str
 ) -> None:
-    assert service.start(*options).wait(30) == 1
+    assert service.start(*options).wait(180) == 1
     assert reason in service.log
 
 
 def test_a_wrong_configuration_ends_the_start_with_a_list(service: Service) -> None:
     service.config = f'prot = 1\n[[instance]]\nbroker = "Futuu"\nid = "x"\ntokens = ["{TOKEN}"]\n'
-    assert service.start().wait(30) == 1
+    assert service.start().wait(180) == 1
     assert "the configuration has 3 mistakes" in service.log
     assert "Traceback" not in service.log
     assert TOKEN not in service.log
 
 
 def test_sigterm_ends_a_service_whose_broker_hangs(hanging: Service) -> None:
-    with hanging.running() as process, hanging.connect() as client:
+    # A master with patience: 4 s, as shipped, pass while a machine stands still.
+    patient = ("--graceful-timeout", "45")
+    with hanging.running(*patient) as process, hanging.connect() as client:
         client.sendall(
             f"GET /httptrading/api/{ID}/cash/state HTTP/1.1\r\nHost: x\r\n"
             f"HT-TOKEN: {TOKEN}\r\nHT-TIMEOUT: 30\r\n\r\n".encode()
@@ -175,31 +180,30 @@ def test_sigterm_ends_a_service_whose_broker_hangs(hanging: Service) -> None:
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert client.recv(65536).startswith(b"HTTP/1.1 50")
-        process.wait(20)
-        # 4 s when the hung call has to be killed; the rest is for a busy machine.
-        assert time.monotonic() - began < 8
+        process.wait(PATIENCE)
+        assert time.monotonic() - began < 20
 
 
 def test_clients_that_never_close_do_not_stall_the_others(service: Service) -> None:
-    """Each of them would hold plain gthread's main loop for 2 s: 20 s in all."""
+    """Each of them would hold plain gthread's main loop for 2 s: 40 s in all."""
     with service.running(), contextlib.ExitStack() as stack:
-        for _ in range(10):
+        began = time.monotonic()
+        for _ in range(20):
             client = stack.enter_context(service.connect())
             client.sendall(b"GET /httptrading/healthz HTTP/1.1\r\nConnection: close\r\n\r\n")
             assert client.recv(12) == b"HTTP/1.1 200"
-        began = time.monotonic()
         assert service.get("healthz") == {"status": "ok"}
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 20
 
 
 def test_silent_connections_take_no_thread(service: Service) -> None:
-    """Each of them would hold one of the 32 threads for 5 s."""
+    """Each of them would hold one of the 32 threads for 5 s: 30 s in all."""
     with service.running(), contextlib.ExitStack() as stack:
         for _ in range(200):
             stack.enter_context(service.connect())
         began = time.monotonic()
         assert service.get("healthz") == {"status": "ok"}
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 15
 
 
 def test_half_a_request_is_given_up(service: Service) -> None:
@@ -217,9 +221,9 @@ def test_sighup_reloads_the_configuration(service: Service) -> None:
         path = service.directory / "httptrading.toml"
         path.write_text(service.config.replace(TOKEN, TOKEN[::-1]))
         process.send_signal(signal.SIGHUP)
-        end = time.monotonic() + 30
+        end = time.monotonic() + PATIENCE
         while True:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, http.client.HTTPException):
                 found = service.get(state, **{"HT-TOKEN": TOKEN[::-1]})
                 break
             assert time.monotonic() < end, service.log

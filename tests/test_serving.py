@@ -26,12 +26,18 @@ import psutil
 import pytest
 
 from acceptance.kit import wait_for
+from httptrading.app import hooks
+from httptrading.brokers.gateway import DRAIN_SECONDS
+from simulators.exchange import keep_port
 
 ROOT = Path(__file__).parent.parent
 ID, OTHER_ID = "servedInstance001", "servedInstance002"
 TOKEN, OTHER_TOKEN = "servedToken0000001", "servedToken0000002"
-STOPS_WITHIN = 5.0
-SLACK = 2.0  # for a busy machine
+STOPS_WITHIN = 20.0
+"""Seconds: much more than it takes, for a machine that stands still; less than `PATIENT_MASTER`."""
+PATIENT_MASTER = 45
+"""Seconds after which gunicorn's master kills, so that the worker process ends by itself or fails
+the test; 4 s, as shipped, pass while a machine stands still."""
 API = f"/httptrading/api/{ID}"
 ORDER = {
     "tradeType": "Securities",
@@ -47,15 +53,19 @@ ORDER = {
 RUN = f"""
     import sys
     from httptrading import InstanceSettings, Paper, run
+    from httptrading.app import hooks
     from simulators.isolated import IsolatedBroker
 
+    hooks.STOP_WITHIN = {PATIENT_MASTER}
     port, isolation = int(sys.argv[1]), sys.argv[2]
     run(
         host="127.0.0.1",
         port=port,
         brokers=[
             InstanceSettings(
-                IsolatedBroker({{"ledger": "ledger"}}, "{ID}", ["{TOKEN}"]), isolation=isolation
+                IsolatedBroker({{"ledger": "ledger"}}, "{ID}", ["{TOKEN}"]),
+                isolation=isolation,
+                connect_timeout=60.0,
             ),
             Paper({{}}, "{OTHER_ID}", ["{OTHER_TOKEN}"]),
         ],
@@ -84,8 +94,8 @@ class Service:
         token: str | None = TOKEN,
         headers: Mapping[str, str] = {},
     ) -> tuple[int, list[tuple[str, str]], bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=40)
-        sent = dict(headers)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        sent = {"HT-TIMEOUT": "30", **headers}
         if token is not None:
             sent["HT-TOKEN"] = token
         data = body
@@ -106,7 +116,7 @@ class Service:
         """SIGTERM; the seconds until the process has ended."""
         began = time.monotonic()
         self.process.send_signal(signal.SIGTERM)
-        self.process.wait(30)
+        self.process.wait(60)
         return time.monotonic() - began
 
     def children(self) -> list[psutil.Process]:
@@ -123,10 +133,8 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """Nobody else is given it as long as these tests run."""
+    return keep_port(free_port)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -243,7 +251,7 @@ def test_bodies_over_the_wire(service: Service) -> None:
 
 def raw(port: int, text: bytes) -> bytes:
     """What comes back for these bytes, until the service closes."""
-    with socket.create_connection(("127.0.0.1", port), 20) as connection:
+    with socket.create_connection(("127.0.0.1", port), 60) as connection:
         connection.sendall(text)
         with suppress(OSError):  # the service may have closed at the first byte
             connection.shutdown(socket.SHUT_WR)
@@ -269,10 +277,15 @@ def test_nonsense_on_the_wire_stops_nothing(service: Service) -> None:
         assert service.ask("GET", f"{API}/cash/state")[0] == 200
 
 
+def whole_lines(log: str) -> list[str]:
+    """Without one that is being written."""
+    return log.split("\n")[:-1]
+
+
 def test_the_log_is_json_without_secrets(service: Service) -> None:
     service.ask("GET", f"{API}/cash/state", headers={"X-Request-ID": "in-the-log-1"})
     line = wait_for(
-        lambda: next((one for one in service.log.splitlines() if "in-the-log-1" in one), None),
+        lambda: next((one for one in whole_lines(service.log) if "in-the-log-1" in one), None),
         "the request's line",
     )
     found = json.loads(line)
@@ -289,7 +302,7 @@ def test_a_second_process_for_the_same_accounts_is_refused(service: Service) -> 
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         env=environment(),
     )
     assert refused.returncode == 1
@@ -303,43 +316,44 @@ def test_a_second_process_for_the_same_accounts_is_refused(service: Service) -> 
 CROWDED = RUN.replace('data_dir="data",', 'data_dir="data", threads=8,')
 
 
-def test_a_crowd_at_a_hung_broker_leaves_threads_for_the_others(tmp_path: Path) -> None:
+def test_a_crowd_at_a_hanging_broker_leaves_threads_for_the_others(tmp_path: Path) -> None:
     port = free_port()
     start = script(tmp_path, CROWDED)
     with started(tmp_path, port, start, str(port), "thread") as service:
         until_served(service)
         paper = f"/httptrading/api/{OTHER_ID}/ping/state"
         until_served(service, paper, OTHER_TOKEN)
-        query = "tradeType=Securities&region=US&ticker=HANG"
-        answers: list[tuple[int, Any]] = []
+        query = "tradeType=Securities&region=US&ticker=HELD"
+        answers: list[int] = []
 
         def wait() -> None:
-            headers = {"HT-TIMEOUT": "3"}
-            path = f"{API}/market/quote?{query}"
-            answers.append(service.json("GET", path, headers=headers))
+            answers.append(service.ask("GET", f"{API}/market/quote?{query}")[0])
 
         crowd = [threading.Thread(target=wait) for _ in range(12)]
         for one in crowd:
             one.start()
-        refused = wait_for(lambda: next((a for a in answers if a[0] == 503), None), "a refusal")
-        assert refused[1]["error"]["code"] == "BUSY"
-        assert not all(not one.is_alive() for one in crowd)  # the first ones wait still
+        # Of 8 threads 2 are kept for each account, so 6 at most can wait for this one.
+        wait_for(lambda: len(answers) >= 6, "the refusals")
         status, body = service.json("GET", paper, token=OTHER_TOKEN)
         assert (status, body["pong"]) == (200, True)
-        assert any(one.is_alive() for one in crowd)
+        assert answers == [503] * 6  # and the others wait still
+        (tmp_path / "ledger.free").touch()
         for one in crowd:
-            one.join(30)
-        assert {status for status, _ in answers} == {503, 504}
-        assert len([status for status, _ in answers if status == 504]) <= 6
+            one.join(60)
+        assert answers == [503] * 6 + [200] * 6
         until_served(service)
 
 
 # --- stopping -----------------------------------------------------------------------------------
+def test_running_calls_are_answered_before_they_are_killed() -> None:
+    assert DRAIN_SECONDS < hooks._REQUESTS_END_WITHIN < hooks.STOP_WITHIN
+
+
 def test_an_idle_service_ends_cleanly(tmp_path: Path) -> None:
     with serving(tmp_path) as service:
         until_served(service)
         family = service.children()
-        assert service.stop() < STOPS_WITHIN + SLACK
+        assert service.stop() < STOPS_WITHIN
         assert service.process.returncode == 0
         wait_for(lambda: not alive(family), "the children's end")
         assert "Traceback" not in service.log
@@ -365,8 +379,8 @@ def test_sigterm_ends_a_service_whose_broker_hangs(
         ledger = tmp_path / "ledger"
         wait_for(lambda: ledger.exists() and ledger.read_text(), "the order to reach the broker")
         family = service.children()
-        assert service.stop() < STOPS_WITHIN + SLACK
-        client.join(30)
+        assert service.stop() < STOPS_WITHIN
+        client.join(60)
         wait_for(lambda: not alive(family), "the children's end")
     ((status, body),) = answers
     assert (status, body["error"]["code"]) == (504, "OUTCOME_UNKNOWN")
@@ -417,11 +431,11 @@ def test_gunicorn_alone_serves_the_configuration(
         until_served(service, f"/httptrading/api/{OTHER_ID}/cash/state", OTHER_TOKEN)
         status, body = service.json("GET", f"{API}/ping/state")
         assert (status, body["broker"], body["pong"]) == (200, "paper", True)
-        service.process.send_signal(signal.SIGHUP)  # a new worker process takes the accounts over
         old = service.children()
+        service.process.send_signal(signal.SIGHUP)  # a new worker process takes the accounts over
         wait_for(lambda: not alive(old), "the old worker to end")
         until_served(service)
-        assert service.stop() < STOPS_WITHIN + SLACK
+        assert service.stop() < STOPS_WITHIN
         assert service.process.returncode == 0
 
 
@@ -442,7 +456,7 @@ def test_gunicorn_refuses_what_would_break_it(
         cwd=deployment,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=180,
         env=environment(HTTPTRADING_CONFIG="httptrading.toml", HTTPTRADING_PORT=str(port)),
     )
     assert refused.returncode != 0
@@ -525,7 +539,7 @@ def test_a_blueprint_beside_packages_of_the_same_names(host: Path) -> None:
         status, body = service.json("POST", f"{TRADE}/order/place", ORDER)
         assert status == 200 and list(body)[:2] == ["type", "instanceId"]  # our order, not sorted
         assert service.json("GET", "/trade/openapi.json")[1]["openapi"] == "3.1.0"
-        assert service.stop() < STOPS_WITHIN + SLACK
+        assert service.stop() < STOPS_WITHIN
 
 
 def test_two_processes_of_a_host_have_one_owner(host: Path) -> None:
@@ -640,4 +654,4 @@ run(
         status, headers, content = service.ask("GET", f"{API}/cash/state")
         assert (status, json.loads(content)["error"]["code"]) == (503, "BROKER_UNAVAILABLE")
         assert int(dict(headers)["Retry-After"]) >= 1
-        assert service.stop() < STOPS_WITHIN + SLACK
+        assert service.stop() < STOPS_WITHIN

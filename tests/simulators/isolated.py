@@ -24,7 +24,8 @@ from httptrading.model import Cash, Contract, Order, OrderReport, Quote
 
 @broker_register("isolated", "隔离证券")
 class IsolatedBroker(BaseBroker):
-    """`broker_args["ledger"]`: the file that is the broker's order book."""
+    """`broker_args["ledger"]`: the file that is the broker's order book. Beside it, `.down` closes
+    the book, and a quote of HELD waits for `.free`."""
 
     listing_delay = 0.1
     ages = {"quote": 0.0, "cash": 0.0}
@@ -39,6 +40,8 @@ class IsolatedBroker(BaseBroker):
         print("printed while connecting")
 
     def quote(self, contract: Contract) -> Quote:  # type: ignore[override]
+        while contract.ticker == "HELD" and not Path(f"{self.ledger}.free").exists():
+            time.sleep(0.02)
         misbehave(contract.ticker)
         value = {"PID": os.getpid(), "PARENT": os.getppid(), "MINOR": sys.version_info.minor}
         price = value.get(contract.ticker, 1)
