@@ -92,9 +92,6 @@ CALLS_TO_CONNECT = 5
 """Quote calls that the SDK makes by itself while it connects: the quote profile, and the trading
 days of four markets (rust/src/quote/core.rs)."""
 
-READ_SECONDS = 5.0
-"""A read that hangs is given up then, whatever its deadline: cancellations wait behind it."""
-
 PROBE_SECONDS = 4.0
 WATCH_SECONDS = 0.5
 RENEWAL_LOOK_SECONDS = 5.0
@@ -140,6 +137,9 @@ class LongBridge(BaseBroker):
         | combine(["HK"], [OrderType.Limit], TimeInForce, [Lifecycle.RTH])
     )
     quote_regions: ClassVar[frozenset[str] | None] = frozenset(ZONES)
+
+    read_seconds: ClassVar[float] = 5.0
+    """A read that hangs is given up then, whatever its deadline: cancellations wait behind it."""
 
     def __init__(
         self,
@@ -294,10 +294,10 @@ class LongBridge(BaseBroker):
     async def _get(self, path: str, query: Query | None = None) -> Any:
         """A read's `data`."""
         try:
-            async with asyncio.timeout(READ_SECONDS):
+            async with asyncio.timeout(self.read_seconds):
                 return await self._ask("GET", path, query)
         except TimeoutError:
-            raise TimedOut(f"LongBridge did not answer within {READ_SECONDS:g} s") from None
+            raise TimedOut(f"LongBridge did not answer within {self.read_seconds:g} s") from None
         except NoAnswer:
             raise TimedOut("LongBridge gave no intelligible answer; try again") from None
 

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from acceptance.kit import wait_for
 from httptrading.brokers.longbridge_token import (
     RENEW_PAUSE,
     Renewal,
@@ -180,8 +181,7 @@ while True:
         )
         assert writer.stdout is not None and writer.stdout.readline()
         before = path.stat().st_ino
-        while path.stat().st_ino == before:
-            pass
+        wait_for(lambda before=before: path.stat().st_ino != before, "the file to be replaced")
         writer.kill()
         writer.communicate()
         assert read_token(path, "key").expiry in (4000000000.0, FAR.timestamp())
@@ -209,12 +209,13 @@ class TestTokenFile:
         write(path, "repaired")
         assert file.current().text == "repaired"
 
-    def test_it_expires_while_it_is_used(self, tmp_path: Path) -> None:
-        path = write(tmp_path / "token.toml", expiry=f"{time.time() + 0.3:.3f}")
+    def test_it_expires_while_it_is_used(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = write(tmp_path / "token.toml", expiry=soon(3600))
         file = TokenFile(path, "key")
-        token = file.current()
-        while token.remaining() > 0:
-            time.sleep(0.02)
+        later = file.current().expiry + 0.001
+        monkeypatch.setattr(time, "time", lambda: later)
         with pytest.raises(TokenFileError, match="expired"):
             file.current()
 
@@ -262,7 +263,10 @@ class TestRenewal:
         path = write(tmp_path / "token.toml", expiry=soon(3600))
         with Renewal(path, "key") as renewal:
             renewal.begin()
+        before = path.stat().st_mtime_ns
         replace_file(path, f'token = "by-hand"\nexpiry = {soon(1800)}\n')
+        # On a file system whose clock ticks slowly the two could be of one moment.
+        os.utime(path, ns=(before + 10**9, before + 10**9))
         with Renewal(path, "key") as renewal:
             assert renewal.token is not None
 

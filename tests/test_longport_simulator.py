@@ -184,6 +184,8 @@ answer(quotes())
     with Child(server, script) as child:
         quotes, sessions, days, half_days, currencies, unknown = child.next()
         server.cut("quote")
+        # The SDK has seen it: a question asked on the broken connection would be lost.
+        exchange.wait_for(lambda: len(exchange.received("connect")) == 2)
         child.go_on()
         again = child.next()
     moment = int(exchange.quote("CN", "000001").epoch)

@@ -37,6 +37,7 @@ from simulators.exchange import (
     Fault,
     FaultKind,
     OrderStatus,
+    keep_port,
 )
 
 STATUS_WORDS = {
@@ -88,6 +89,7 @@ class Connection:
     stream: BinaryIO
     kind: str = "rest"
     authenticated: bool = False
+    is_cut: bool = False
     topics: list[str] = field(default_factory=list)
     sending: threading.Lock = field(default_factory=threading.Lock)
 
@@ -170,6 +172,10 @@ class LongPort:
         self._numbers = itertools.count(1)
         self._connections: set[Connection] = set()
         self._lock = threading.Lock()
+        self.let_go = threading.Event()
+        """Set: an answer held by a LATE fault goes out, whatever its seconds. Each start makes a
+        new one."""
+        self._has_port = False
         self._listener: socket.socket | None = None
         self._threads: list[threading.Thread] = []
         self._stopping = threading.Event()
@@ -188,15 +194,16 @@ class LongPort:
         return f"ws://127.0.0.1:{self.port}/trade"
 
     def start(self) -> LongPort:
-        self._stopping = threading.Event()
+        self._stopping, self.let_go = threading.Event(), threading.Event()
+        if not self._has_port:
+            self.port, self._has_port = keep_port(self, self.port), True
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", self.port))
         listener.listen(64)
-        self.port = listener.getsockname()[1]
         self._listener = listener
         self.exchange.on_change.append(self._push_order)
-        self._spawn(self._accept, listener)
+        self._spawn(self._accept, listener, self._stopping)
         self._spawn(self._heartbeat, self._stopping)
         return self
 
@@ -206,13 +213,14 @@ class LongPort:
         if listener is None:
             return
         self._stopping.set()
+        self.let_go.set()
         self.exchange.on_change.remove(self._push_order)
         with contextlib.suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)
         listener.close()
         self.cut()
         for thread in self._threads:
-            thread.join(10)
+            thread.join(60)
         self._threads.clear()
 
     def __enter__(self) -> LongPort:
@@ -222,9 +230,12 @@ class LongPort:
         self.stop()
 
     def cut(self, *kinds: str) -> None:
-        """Closes every connection of these kinds (all without any), as a network would."""
-        for connection in self.connected(*kinds):
-            connection.close()
+        """Closes every connection of these kinds (all without any), as a network would: what came
+        on them and was not done by now never will be."""
+        with self.exchange.lock:
+            for connection in self.connected(*kinds):
+                connection.is_cut = True
+                connection.close()
 
     def connected(self, *kinds: str) -> list[Connection]:
         with self._lock:
@@ -239,7 +250,7 @@ class LongPort:
         self._threads.append(thread)
         thread.start()
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener: socket.socket, stopping: threading.Event) -> None:
         while True:
             try:
                 client, _ = listener.accept()
@@ -248,6 +259,10 @@ class LongPort:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection = Connection(client, client.makefile("rb"))
             with self._lock:
+                if stopping.is_set():  # it came while everything was being cut
+                    connection.stream.close()
+                    client.close()
+                    return
                 self._connections.add(connection)
             with self.exchange.changed:
                 self.exchange.changed.notify_all()
@@ -301,7 +316,7 @@ class LongPort:
         if self._is_deaf(connection):
             raise Hang
         try:
-            payload = self._answer(method, url.path, url.query, headers, body)
+            payload = self._answer(connection, method, url.path, url.query, headers, body)
             status, text = 200, json.dumps({"code": 0, "message": "success", "data": payload})
         except Refusal as refusal:
             status = refusal.status
@@ -317,7 +332,13 @@ class LongPort:
         return True
 
     def _answer(
-        self, method: str, path: str, query: str, headers: dict[str, str], body: bytes
+        self,
+        connection: Connection,
+        method: str,
+        path: str,
+        query: str,
+        headers: dict[str, str],
+        body: bytes,
     ) -> Any:
         self._check_signature(method, path, query, headers, body)
         routes = {
@@ -349,11 +370,20 @@ class LongPort:
         fault = self.exchange.receive(operation, **fields, path=path, authorization=_token(headers))
         self._check_token(_token(headers))
         return self._with_fault(
-            fault, lambda: handler(fields | {"token": _token(headers), "path": path})
+            connection, fault, lambda: handler(fields | {"token": _token(headers), "path": path})
         )
 
-    def _with_fault(self, fault: Fault | None, work: Callable[[], Any]) -> Any:
-        """Does the work, or what the fault says."""
+    def _with_fault(
+        self, connection: Connection, fault: Fault | None, do: Callable[[], Any]
+    ) -> Any:
+        """Does what was asked on the connection, or what the fault says."""
+
+        def work() -> Any:
+            with self.exchange.lock:
+                if connection.is_cut:
+                    raise Cut
+                return do()
+
         if fault is None:
             return work()
         match fault.kind:
@@ -371,7 +401,7 @@ class LongPort:
                 raise Cut
             case FaultKind.LATE:
                 result = work()
-                self._stopping.wait(fault.seconds)
+                self.let_go.wait(fault.seconds)
                 return result
             case FaultKind.ACCEPT_THEN_CUT:
                 work()
@@ -671,18 +701,22 @@ class LongPort:
             fault = self.exchange.receive(
                 "connect", which=connection.kind, how="auth" if command == AUTH else "reconnect"
             )
-            done = self._with_fault(fault, lambda: self._authenticate(connection, command, body))
+            done = self._with_fault(
+                connection, fault, lambda: self._authenticate(connection, command, body)
+            )
         elif not connection.authenticated:
             raise Refusal(5, "not authenticated")
         elif connection.kind == "trade" and command in (SUBSCRIBE, UNSUBSCRIBE):
             topics = wire.texts(body, 1)
             fault = self.exchange.receive("subscribe", topics=topics)
-            done = self._with_fault(fault, lambda: self._subscribe(connection, command, topics))
+            done = self._with_fault(
+                connection, fault, lambda: self._subscribe(connection, command, topics)
+            )
         elif connection.kind == "quote" and command in quote_commands:
             operation, handler = quote_commands[command]
             fields = {"symbols": wire.texts(body, 1)} if command in (QUOTE, STATIC) else {}
             fault = self.exchange.receive(operation, **fields)
-            done = self._with_fault(fault, lambda: handler(body))
+            done = self._with_fault(connection, fault, lambda: handler(body))
         else:
             raise Refusal(3, f"unknown command {command}")
         assert isinstance(done, bytes)

@@ -42,6 +42,7 @@ from simulators.exchange import (
     Fault,
     FaultKind,
     OrderStatus,
+    keep_port,
 )
 
 OPERATIONS = {
@@ -247,13 +248,16 @@ class TigerGateway:
 
     def start(self) -> TigerGateway:
         """Listens; a second start uses the ports of the first."""
+        if not self.http_port:
+            self.http_port, self.push_port = keep_port(self), keep_port(self)
         ready = threading.Event()
         failure: list[BaseException] = []
         self._thread = threading.Thread(
             target=self._run, args=(ready, failure), name="tiger-gateway", daemon=True
         )
         self._thread.start()
-        ready.wait(10)
+        if not ready.wait(60):
+            raise TimeoutError("the simulated gateway does not start")
         if failure:
             raise failure[0]
         self.exchange.on_change.append(self._order_changed)
@@ -265,7 +269,7 @@ class TigerGateway:
             return
         self.exchange.on_change.remove(self._order_changed)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
+        self._thread.join(60)
         self._loop = self._thread = None
 
     def __enter__(self) -> TigerGateway:
@@ -300,8 +304,6 @@ class TigerGateway:
                     ssl=_tls(self.push_certificate),
                 )
             )
-            self.http_port = http.sockets[0].getsockname()[1]
-            self.push_port = push.sockets[0].getsockname()[1]
         except BaseException as error:
             failure.append(error)
             loop.close()
