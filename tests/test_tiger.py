@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+import select
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +25,9 @@ from acceptance.kit import Answer, Subject, Trader, wait_for
 from httptrading import create_app
 from httptrading.brokers import tiger, tiger_http, tiger_push
 from httptrading.brokers import tiger_mapping as mapping
-from httptrading.brokers.base import combine
+from httptrading.brokers.base import Window, combine
 from httptrading.brokers.limits import Windows
+from httptrading.brokers.settings import InstanceSettings
 from httptrading.brokers.tiger import Tiger
 from httptrading.errors import (
     BrokerUnavailable,
@@ -102,7 +106,13 @@ class Recorder:
 
     def wait_for(self, condition: Callable[[], Any]) -> None:
         with self.changed:
-            assert self.changed.wait_for(condition, 20)
+            assert self.changed.wait_for(condition, 60)
+
+
+@pytest.fixture(autouse=True)
+def room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connecting succeeds also on a machine that stands still for seconds."""
+    monkeypatch.setattr(tiger, "CONNECT_TIMEOUT", 60.0)
 
 
 @pytest.fixture
@@ -137,7 +147,7 @@ def arguments(gateway: TigerGateway, directory: Path, account: str = PRIME) -> d
         "push_port": gateway.push_port,
         "push_ssl": False,
         "tiger_public_key": gateway.public_key,
-        "timeout": 5,
+        "timeout": 30,
     }
 
 
@@ -152,6 +162,36 @@ def connected(args: dict[str, Any], connection: str, **changes: Any) -> Iterator
         yield broker
     finally:
         broker.close()
+
+
+@contextmanager
+def impatient(broker: Any, *methods: str) -> Iterator[None]:
+    """Requests with these methods are given up after half a second; any other has its time."""
+    transport = broker._http
+
+    def ask(request: Any, url: str, query: Any, headers: Any, params: dict[str, Any]) -> bytes:
+        transport.open()
+        if params["method"] in methods:
+            transport._left = lambda: 0.5
+        try:
+            return bytes(transport(request, url, query, headers, params))
+        finally:
+            vars(transport).pop("_left", None)
+
+    clients = (broker._trade, broker._quotes)
+    for client in clients:
+        client._TigerOpenClient__do_post = ask
+    try:
+        yield
+    finally:
+        for client in clients:
+            client._TigerOpenClient__do_post = transport
+
+
+def subscribed(exchange: Exchange) -> int:
+    """For how many news of an account somebody has asked; asking twice is once."""
+    asked = exchange.received("subscribe")
+    return len({(one.fields["data_type"], one.fields["account"]) for one in asked})
 
 
 @pytest.fixture
@@ -607,28 +647,55 @@ def test_no_clear_answer(
     wrong: Callable[[TigerGateway, str], None],
 ) -> None:
     """An order is sent once and its fate is said to be open; a read says what is the matter."""
-    with connected(args, "trade", push_host="", timeout=1) as broker:
+
+    def came(operation: str, times: int = 1) -> None:
+        """So often, also when the gateway takes it in after the client has given up."""
+        exchange.wait_for(lambda: len(exchange.received(operation)) >= times)
+        assert len(exchange.received(operation)) == times
+
+    with connected(args, "trade", push_host="") as broker:
         wrong(gateway, "place")
-        with pytest.raises(OutcomeUnknown):
+        with impatient(broker, "place_order"), pytest.raises(OutcomeUnknown):
             place(broker)
-        assert len(exchange.received("place")) == 1
+        came("place")
         assert len(exchange.orders) <= 1
         wrong(gateway, "order_no")
-        with pytest.raises(BrokerUnavailable, match="not sent"):
+        with (
+            impatient(broker, "order_no"),
+            pytest.raises(BrokerUnavailable, match="not sent"),
+        ):
             place(broker)
-        assert len(exchange.received("order_no")) == 2
-        assert len(exchange.received("place")) == 1
+        came("order_no", 2)
+        came("place")
         order_id = place(broker)  # and the next one is served again
         wrong(gateway, "cancel")
-        with pytest.raises(OutcomeUnknown):
+        with impatient(broker, "cancel_order"), pytest.raises(OutcomeUnknown):
             broker.cancel_order(order_id)
-        assert len(exchange.received("cancel")) == 1
-    with connected(args, "account", timeout=1) as broker:
+        came("cancel")
+    with connected(args, "account") as broker:
         wrong(gateway, "positions")
-        with pytest.raises((BrokerUnavailable, TimedOut)):
+        with impatient(broker, "positions"), pytest.raises((BrokerUnavailable, TimedOut)):
             broker.positions()
-        assert len(exchange.received("positions")) == 1
+        came("positions")
         assert broker.positions() == []
+        came("positions", 2)
+
+
+def test_the_timeout_given_ends_what_hangs(args: dict[str, Any], exchange: Exchange) -> None:
+    assert Tiger(args | {"timeout": 1})._timeout == 1
+    began = time.monotonic()
+    with connected(args, "trade", push_host="") as broker:
+        exchange.fault("place", FaultKind.HANG)
+        broker._timeout = 1.0
+        # A machine that stands still may not come to send it.
+        with pytest.raises((OutcomeUnknown, BrokerUnavailable)):
+            place(broker)
+    with connected(args, "account") as broker:
+        exchange.fault("positions", FaultKind.HANG)
+        broker._timeout = 1.0
+        with pytest.raises((TimedOut, BrokerUnavailable)):
+            broker.positions()
+    assert time.monotonic() - began < 25, "2 s on an idle machine; 30 s is the other's timeout"
 
 
 def test_an_answer_without_data(trade: Any, account: Any, gateway: TigerGateway) -> None:
@@ -699,6 +766,8 @@ def test_a_connection_that_broke_while_idle_costs_no_order(
 ) -> None:
     place(trade)
     gateway.stop()
+    # The news of it is here.
+    assert select.select([trade._http._connection.sock], [], [], 60)[0]
     with pytest.raises(BrokerUnavailable, match="cannot be reached"):
         place(trade)
     gateway.start()
@@ -728,7 +797,7 @@ def test_a_stuck_call_ends_when_aborted(args: dict[str, Any], exchange: Exchange
         thread.start()
         exchange.wait_for(lambda: exchange.received("cash"))
         broker.abort()
-        thread.join(10)
+        thread.join(20)  # less than its own 30 s
         assert not thread.is_alive() and failures
         with pytest.raises(BrokerUnavailable):
             broker.cash()
@@ -821,8 +890,13 @@ def test_a_gateway_that_hangs_does_not_hold_connecting(
     args: dict[str, Any], exchange: Exchange
 ) -> None:
     exchange.fault("ping", FaultKind.HANG)
-    with pytest.raises(TimedOut), connected(args, "account", timeout=1):
+    with (
+        pytest.raises((TimedOut, BrokerUnavailable)) as raised,
+        connected(args, "account", timeout=1),
+    ):
         pass
+    # What is asked in time is not answered; a machine that stands still may not come to ask.
+    assert isinstance(raised.value, TimedOut) or not exchange.received("ping")
 
 
 def test_nothing_leaks_in(
@@ -864,8 +938,8 @@ def test_no_secret_in_a_log_or_an_error(
     exchange = Exchange()
     said: list[str] = []
     with TigerGateway(exchange, secret_key=SECRET) as gateway:
-        given = arguments(gateway, tmp_path) | {"secret_key": SECRET, "timeout": 1}
-        with connected(given, "trade") as broker:
+        given = arguments(gateway, tmp_path) | {"secret_key": SECRET}
+        with connected(given, "trade") as broker, impatient(broker, "place_order"):
             exchange.wait_for(lambda: exchange.received("subscribe"))
             exchange.fault("place", FaultKind.REFUSE, text=f"wrong secret_key {SECRET}")
             for wrong in (None, *NO_CLEAR_ANSWER.values()):
@@ -893,7 +967,7 @@ def test_no_secret_in_a_log_or_an_error(
 # --- push -------------------------------------------------------------------------------------
 def test_orders_are_pushed(args: dict[str, Any], gateway: TigerGateway, exchange: Exchange) -> None:
     with connected(args, "trade") as broker:
-        exchange.wait_for(lambda: len(exchange.received("subscribe")) == 3)
+        exchange.wait_for(lambda: subscribed(exchange) == 3)
         order_id = place(broker, lifecycle=Lifecycle.ETH)
         exchange.fill(order_id, Decimal("1.5"), "199.5")
         exchange.reject(order_id, "no money")
@@ -914,7 +988,7 @@ def test_two_accounts_share_one_push_connection(
     args: dict[str, Any], gateway: TigerGateway, exchange: Exchange
 ) -> None:
     with connected(args, "trade") as one, connected(args, "trade", account=PAPER) as other:
-        exchange.wait_for(lambda: len(exchange.received("subscribe")) == 6)
+        exchange.wait_for(lambda: subscribed(exchange) == 6)
         mine, theirs = place(one), place(other)
         for broker, order_id in ((one, mine), (other, theirs)):
             link = broker.link
@@ -929,10 +1003,16 @@ def test_subscriptions_are_renewed_after_a_cut(
     args: dict[str, Any], gateway: TigerGateway, exchange: Exchange
 ) -> None:
     with connected(args, "trade") as broker:
-        exchange.wait_for(lambda: len(exchange.received("subscribe")) == 3)
+        exchange.wait_for(lambda: subscribed(exchange) == 3)
+        [first] = gateway.push_sessions
         gateway.cut_push()
-        broker.link.wait_for(lambda: broker.link.restorations == 1)
-        exchange.wait_for(lambda: len(exchange.received("subscribe")) == 6)
+        broker.link.wait_for(lambda: broker.link.restorations)
+
+        def renewed() -> bool:
+            sessions = list(gateway.push_sessions)
+            return first not in sessions and [len(one.topics) for one in sessions] == [3]
+
+        exchange.wait_for(renewed)
         place(broker)
         broker.link.wait_for(lambda: broker.link.reports)
 
@@ -944,7 +1024,7 @@ def test_a_kick_out_is_told_and_not_fought(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with connected(args, "trade") as broker:
-        exchange.wait_for(lambda: len(exchange.received("subscribe")) == 3)
+        exchange.wait_for(lambda: subscribed(exchange) == 3)
         # Another process: the same login on a connection that is not the shared one.
         address, subscription = broker._push
         intruder = tiger_push.SharedPush(address, CLIENT_KEYS.private_base64)
@@ -965,15 +1045,19 @@ def test_a_kick_out_is_told_and_not_fought(
 
 
 def test_push_that_is_down_or_deaf_holds_nothing(
-    args: dict[str, Any], gateway: TigerGateway, exchange: Exchange
+    args: dict[str, Any],
+    gateway: TigerGateway,
+    exchange: Exchange,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(tiger_push, "WELCOME_TIMEOUT", 90.0)
     exchange.fault("connect", FaultKind.HANG, times=100)
     began = time.monotonic()
     with connected(args, "trade") as broker:
         place(broker)
     with connected(args, "trade", push_port=1) as broker:
         place(broker)
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 60, "nothing waited for a welcome"
 
 
 @pytest.mark.parametrize("trusted", [True, False], ids=["trusted", "unknown"])
@@ -990,7 +1074,7 @@ def test_the_push_certificate_is_checked(
     with TigerGateway(exchange, push_certificate=certificate) as gateway:
         with connected(arguments(gateway, tmp_path), "trade", push_ssl=True) as broker:
             if trusted:
-                exchange.wait_for(lambda: len(exchange.received("subscribe")) == 3)
+                exchange.wait_for(lambda: subscribed(exchange) == 3)
                 place(broker)
                 broker.link.wait_for(lambda: broker.link.reports)
             else:
@@ -1023,20 +1107,28 @@ LIMIT_ORDER = {
 }
 
 
+def settings_of(broker: Tiger, **changes: Any) -> InstanceSettings:
+    """What must succeed has room on a machine that stands still for seconds."""
+    return InstanceSettings(broker, **{"deadline": 30.0, "connect_timeout": 60.0} | changes)
+
+
 @contextmanager
 def service(
-    gateway: TigerGateway, directory: Path, *accounts: str, **changes: Any
+    gateway: TigerGateway, directory: Path, *accounts: str, **settings: Any
 ) -> Iterator[list[Trader]]:
     """A running service with one instance per account, with Tiger's real limits; its clients."""
     brokers = [
-        Tiger(arguments(gateway, directory, account) | changes, *login)
+        Tiger(arguments(gateway, directory, account), *login)
         for account, login in zip(accounts, LOGINS, strict=False)
     ]
-    app = create_app(brokers=brokers, data_dir=directory / "data")
+    app = create_app(
+        brokers=[settings_of(broker, **settings) for broker in brokers], data_dir=directory / "data"
+    )
     traders = [Trader(app, broker.instance_id, broker.tokens[0]) for broker in brokers]
     try:
         for trader in traders:
-            wait_for(lambda trader=trader: trader.ping().ok, "the connection to Tiger")
+            assert trader.ping()["pong"]
+            wait_for(lambda trader=trader: Subject.is_connected(trader), "every connection")
         yield traders
     finally:
         app.extensions["httptrading"].close()
@@ -1048,14 +1140,14 @@ def at_once(count: int, ask: Callable[[int], Answer]) -> list[Answer]:
     start = threading.Barrier(count)
 
     def client(number: int) -> None:
-        start.wait(20)
+        start.wait(60)
         answers.append(ask(number))
 
     threads = [threading.Thread(target=client, args=(number,)) for number in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(40)
+        thread.join(60)
     assert len(answers) == count
     return answers
 
@@ -1070,8 +1162,8 @@ def test_ten_orders_at_once(gateway: TigerGateway, exchange: Exchange, tmp_path:
         answers = at_once(10, lambda n: again(trader).place(LIMIT_ORDER, key=f"order-{n}"))
         assert all(answer.ok for answer in answers), answers
         assert len({answer["orderId"] for answer in answers}) == len(exchange.orders) == 10
-        # Half a second on an idle machine; a busy one gets a few more.
-        assert max(answer.seconds for answer in answers) < 5
+        # Half a second on an idle machine.
+        assert max(answer.seconds for answer in answers) < 25
 
 
 def test_tiger_is_away_when_the_service_starts(tmp_path: Path) -> None:
@@ -1079,26 +1171,35 @@ def test_tiger_is_away_when_the_service_starts(tmp_path: Path) -> None:
     gateway = TigerGateway(exchange, tiger_id=new_tiger_id(), accounts=(PRIME,))
     with gateway:
         broker = Tiger(arguments(gateway, tmp_path), *next(iter(LOGINS)))
-    app = create_app(brokers=[broker], data_dir=tmp_path / "data")
+    app = create_app(brokers=[settings_of(broker)], data_dir=tmp_path / "data")
     trader = Trader(app, broker.instance_id, broker.tokens[0])
     try:
         answer = wait_for(
-            lambda: (lambda a: a if a.code == "BROKER_UNAVAILABLE" else None)(trader.cash()),
+            lambda: (lambda a: a if "gateway cannot be reached" in str(a["ex"]) else None)(
+                trader.cash()
+            ),
             "a clear answer",
         )
-        assert answer.status == 503 and "Tiger's gateway cannot be reached" in answer["ex"]
+        assert (answer.status, answer.code) == (503, "BROKER_UNAVAILABLE")
+        assert "Tiger's gateway cannot be reached" in answer["ex"]
         with gateway:
-            # Promised within 5 s; a busy machine gets twice that.
-            wait_for(lambda: trader.place(LIMIT_ORDER).ok, "orders to be served", patience=10)
+            wait_for(lambda: trader.place(LIMIT_ORDER).ok, "orders to be served, within 5 s")
             exchange.wait_for(lambda: exchange.received("subscribe"))
     finally:
         app.extensions["httptrading"].close()
 
 
+def test_the_limits_are_tigers() -> None:
+    limits = {"high": Window(120, 61.0, kept=10), "medium": Window(60, 61.0)}
+    assert Tiger.windows == limits | {"low": Window(10, 61.0)}
+
+
 def test_never_more_calls_than_tiger_allows(
     gateway: TigerGateway, exchange: Exchange, tmp_path: Path
 ) -> None:
-    with service(gateway, tmp_path, PRIME, GLOBAL) as (prime, other):
+    # The windows are so long that none of them passes while the test runs, however slowly.
+    windows = {name: replace(window, seconds=1000) for name, window in Tiger.windows.items()}
+    with service(gateway, tmp_path, PRIME, GLOBAL, windows=windows) as (prime, other):
         order_id = prime.placed(LIMIT_ORDER)
         letters = "ABCDEFGHIJ"
 
@@ -1109,28 +1210,39 @@ def test_never_more_calls_than_tiger_allows(
             assert all(int(answer.headers["Retry-After"]) >= 1 for answer in limited)
             return [answer.status for answer in answers]
 
-        markets = busy([lambda trader: trader.market(timeout=1)] * 14)
+        markets = busy([lambda trader: trader.market()] * 14)
         assert markets == [200] * 10 + [429] * 4
         currencies = [f"{a}{b}X" for a in letters for b in letters[:7]]
-        reads = busy(lambda trader, c=c: trader.cash(c, timeout=1) for c in currencies)
+        reads = busy(lambda trader, c=c: trader.cash(c) for c in currencies)
         assert set(reads) == {200, 429} and reads == sorted(reads)
-        orders = busy([lambda trader: trader.place(LIMIT_ORDER, timeout=1)] * 70)
+        orders = busy([lambda trader: trader.place(LIMIT_ORDER)] * 70)
         assert set(orders) == {200, 429} and orders == sorted(orders)
         for limit, operations in ((120, HIGH), (60, MEDIUM), (10, LOW)):
-            assert 0.85 * limit <= exchange.most_in(60, operations) <= limit, operations
+            assert 0.85 * limit <= exchange.most_in(1000, operations) <= limit, operations
         assert prime.cancel(order_id).ok  # slots are kept for it
-        assert exchange.most_in(60, HIGH) <= 120
+        assert exchange.most_in(1000, HIGH) <= 120
 
 
 def test_a_hanging_read_is_asked_once_and_keeps_no_order(
     gateway: TigerGateway, exchange: Exchange, tmp_path: Path
 ) -> None:
-    with service(gateway, tmp_path, PRIME, timeout=3) as (trader,):
-        for operation, read in (("positions", trader.positions), ("quote", None)):
+    with service(gateway, tmp_path, PRIME) as (trader,):
+        for operation, read in (
+            ("positions", trader.positions),
+            ("quote", lambda timeout: trader.quote("US", "AAPL", timeout=timeout)),
+        ):
             exchange.fault(operation, FaultKind.HANG)
-            answer = (read or (lambda timeout: trader.quote("US", "AAPL", timeout=timeout)))(1)
-            assert (answer.status, answer.code) == (504, "TIMEOUT")
-            assert answer.seconds < 4
+
+            def reached(
+                operation: str = operation, read: Callable[[float], Answer] = read
+            ) -> list[Any]:
+                answer = read(1)
+                assert (answer.status, answer.code) == (504, "TIMEOUT")
+                assert answer.seconds < 15, "1 s on an idle machine; 30 s if Tiger were waited for"
+                return exchange.received(operation)
+
+            # Once, unless the machine stands still before Tiger is asked.
+            wait_for(reached, "the read to reach Tiger")
             order_id = trader.placed(LIMIT_ORDER)
             assert trader.cancel(order_id).ok
             assert len(exchange.received(operation)) == 1
@@ -1139,20 +1251,23 @@ def test_a_hanging_read_is_asked_once_and_keeps_no_order(
 def test_a_hanging_order_keeps_no_cancellation(
     gateway: TigerGateway, exchange: Exchange, tmp_path: Path
 ) -> None:
-    with service(gateway, tmp_path, PRIME, timeout=10) as (trader,):
+    with service(gateway, tmp_path, PRIME) as (trader,), ThreadPoolExecutor(1) as pool:
         order_id = trader.placed(LIMIT_ORDER)
         exchange.fault("place", FaultKind.HANG)
-        hanging = trader.place(LIMIT_ORDER, timeout=1)
+        placing = pool.submit(again(trader).place, LIMIT_ORDER)
+        exchange.wait_for(lambda: len(exchange.received("place")) == 2)
+        assert trader.cancel(order_id).ok
+        assert not placing.done()
+        gateway.cut()
+        hanging = placing.result()
         assert (hanging.status, hanging.code) == (504, "OUTCOME_UNKNOWN")
-        cancelled = trader.cancel(order_id)
-        assert cancelled.ok and cancelled.seconds < 5
 
 
 def test_two_accounts_of_one_tiger_id_in_one_service(
     gateway: TigerGateway, exchange: Exchange, tmp_path: Path
 ) -> None:
     with service(gateway, tmp_path, PRIME, PAPER) as traders:
-        exchange.wait_for(lambda: len(exchange.received("subscribe")) == 6)
+        exchange.wait_for(lambda: subscribed(exchange) == 6)
         assert len(exchange.received("connect")) == len(gateway.push_sessions) == 1
         for trader in traders:
             order_id = trader.placed(LIMIT_ORDER)
