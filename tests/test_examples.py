@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from simulators.exchange import keep_port
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 API = "httptrading/api/WyLqtMhDvAnBb6a3"
@@ -26,16 +28,15 @@ TOKEN = "Vt5UCW2sLBvgPXjR"
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """Nobody else is given it as long as these tests run."""
+    return keep_port(free_port)
 
 
 def ask(port: int, path: str, token: str = TOKEN) -> tuple[int, str]:
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/{path}", headers={"HT-TOKEN": token})
+    headers = {"HT-TOKEN": token, "HT-TIMEOUT": "30"}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/{path}", headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -64,7 +65,7 @@ def started(directory: Path, port: int, *command: str) -> Iterator[None]:
             | {"PYTHONPATH": str(ROOT), "HTTPTRADING_DATA_DIR": str(directory / "data")},
         )
         try:
-            end = time.monotonic() + 30
+            end = time.monotonic() + 60
             while True:
                 with contextlib.suppress(OSError):
                     socket.create_connection(("127.0.0.1", port), 1).close()
@@ -76,7 +77,7 @@ def started(directory: Path, port: int, *command: str) -> Iterator[None]:
         finally:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(15)
+                process.wait(60)
             finally:
                 process.kill()
     assert process.returncode == 0, (directory / "log").read_text()

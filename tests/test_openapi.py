@@ -52,7 +52,7 @@ def paper_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flask]:
     app = create_app(brokers=[broker], data_dir=tmp_path_factory.mktemp("paper"))
     client = app.test_client()
     path = f"/httptrading/api/{PAPER}/cash/state"
-    headers = {"HT-TOKEN": PAPER_TOKEN}
+    headers = {"HT-TOKEN": PAPER_TOKEN, "HT-TIMEOUT": "30"}
     wait_for(lambda: client.get(path, headers=headers).status_code == 200, "Paper to serve")
     yield app
     app.extensions["httptrading"].close()

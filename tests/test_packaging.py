@@ -45,7 +45,8 @@ host = Flask("host")
 broker = Mine({}, instance_id="kQ4xV8mT1zR6pW9c", tokens=["b7Jd-2Ls9Qa0Xe5Ru8Yt"])
 host.register_blueprint(create_blueprint([broker], data_dir="data"))
 answer = host.test_client().get(
-    "/httptrading/api/kQ4xV8mT1zR6pW9c/cash/state", headers={"HT-TOKEN": "b7Jd-2Ls9Qa0Xe5Ru8Yt"}
+    "/httptrading/api/kQ4xV8mT1zR6pW9c/cash/state",
+    headers={"HT-TOKEN": "b7Jd-2Ls9Qa0Xe5Ru8Yt", "HT-TIMEOUT": "30"},
 )
 assert answer.json["cash"] == {"type": "cash", "currency": "USD", "amount": 5}, answer.text
 print("served")
@@ -53,7 +54,7 @@ print("served")
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -29,7 +29,7 @@ from simulators.exchange import ExchangeOrder, FaultKind
 from simulators.fleet import Client, Member, Service, fleet
 
 CLIENTS = 4
-PATIENCE = 90.0
+PATIENCE = 300.0
 WINDOWS = "windows = { high = { limit = 100000, seconds = 1.0 } }"
 
 FAULTS = (
@@ -94,19 +94,33 @@ class Run:
 
     def __init__(self, orders: int) -> None:
         self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)
         self.orders = orders
         self.next = 0
+        self.allowed = 0  # the clients are never so far ahead that there is nobody left to disturb
         self.ids: dict[str, str] = {}  # key → the order id its client was told
         self.answers: Counter[str] = Counter()
         self.done: Counter[str] = Counter()
         self.problems: list[str] = []
 
     def take(self) -> int | None:
-        with self.lock:
-            if self.next >= self.orders or self.problems:
+        with self.changed:
+            while self.next >= self.allowed and not self.is_over:
+                self.changed.wait(1.0)
+            if self.is_over:
                 return None
             self.next += 1
             return self.next
+
+    @property
+    def is_over(self) -> bool:
+        return self.next >= self.orders or bool(self.problems)
+
+    def allow(self, number: float) -> None:
+        """So many orders may be taken by now."""
+        with self.changed:
+            self.allowed = max(self.allowed, int(number))
+            self.changed.notify_all()
 
     def answered(self) -> int:
         return len(self.ids)
@@ -191,6 +205,7 @@ class Chaos:
             while not self.stop.is_set():
                 goal = self.run.answered() + self.random.uniform(0.2, 1.8) * self.every
                 trouble = self.run.answered() + self.random.uniform(0, self.every)
+                self.run.allow(goal + CLIENTS + 1)
                 while self.run.answered() < goal and not self.stop.wait(0.002):
                     if self.run.answered() > trouble:
                         self.fault()

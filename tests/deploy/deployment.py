@@ -25,6 +25,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from simulators.exchange import keep_port
+
 ROOT = Path(__file__).parents[2]
 PAPER = "kQ4xV8mT1zR6pW9c"
 SLOW = "slowInstance00001"
@@ -72,6 +74,7 @@ class Site:
 
     def api(self, method: str, route: str, body: Any = None, **headers: str) -> Answer:
         headers.setdefault("HT_TOKEN", TOKEN)
+        headers.setdefault("HT_TIMEOUT", "30")
         text = None if body is None else json.dumps(body)
         return self.ask(method, f"/httptrading/api/{PAPER}/{route}", text, **headers)
 
@@ -80,13 +83,11 @@ class Site:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """Nobody else is given it as long as these tests run."""
+    return keep_port(free_port)
 
 
-def wait_until(condition: Any, seconds: float = 20) -> None:
+def wait_until(condition: Any, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come up"
@@ -168,7 +169,7 @@ def running_nginx(directory: Path, upstream: str) -> Iterator[Site]:
         yield Site(port, directory)
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
 
 
 @contextlib.contextmanager
@@ -204,4 +205,4 @@ tokens = ["{TOKEN}-slow"]
             yield process
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(20)
+            process.wait(60)

@@ -1,4 +1,5 @@
-"""A custom broker whose quotes take almost as long as a request may."""
+"""A custom broker whose answers take longer than proxies usually wait, and with some seconds to
+spare on a machine that stands still, less than a request may."""
 
 import asyncio
 
@@ -6,7 +7,7 @@ from httptrading.brokers.base import BaseBroker
 from httptrading.brokers.registry import broker_register
 from httptrading.model import Cash
 
-SECONDS = 28.0
+SECONDS = 24.0
 
 
 @broker_register("slow", "Slow broker")

@@ -6,7 +6,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simulators.exchange import Exchange
+from simulators.exchange import Exchange, keep_port
 from simulators.longport import LongPort
 from simulators.opend import OpenD
 from simulators.tiger_gateway import TigerGateway
 from simulators.tws import Tws
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 60.0
+PATIENCE = 120.0
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,8 @@ def fleet(folder: Path) -> Iterator[dict[str, Member]]:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """Nobody else is given it as long as this process lives."""
+    return keep_port(free_port)
 
 
 def configuration(instances: list[Mapping[str, Any]], **service: Any) -> str:
@@ -138,7 +136,7 @@ class Service:
 
     def __init__(self, folder: Path, instances: list[Mapping[str, Any]], **service: Any) -> None:
         self.folder = folder
-        self.port = free_port()
+        self.port = keep_port(self)  # also while it is down
         self.config = folder / "httptrading.toml"
         self.config.write_text(
             configuration(instances, port=self.port, data_dir=str(folder / "data"), **service)
@@ -161,9 +159,9 @@ class Service:
             )
         while True:
             try:
-                if self.ask("GET", "/httptrading/healthz", timeout=1)[0] == 200:
+                if self.ask("GET", "/httptrading/healthz", timeout=5)[0] == 200:
                     return time.monotonic() - began
-            except OSError:
+            except (OSError, http.client.HTTPException):
                 pass
             if self.process.poll() is not None or time.monotonic() > began + PATIENCE:
                 raise AssertionError(f"the service did not start:\n{self.log.read_text()[-4000:]}")
