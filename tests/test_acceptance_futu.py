@@ -10,7 +10,7 @@ import pytest
 from Crypto.PublicKey import RSA
 
 from acceptance.cases import BrokerAcceptance, FaultAcceptance, PushAcceptance
-from acceptance.kit import Subject, Trader, wait_for
+from acceptance.kit import Subject, Trader
 from httptrading.brokers.futu import Futu, Moomoo
 from simulators.exchange import Exchange, ExchangePosition
 from simulators.opend import OpenD
@@ -20,11 +20,6 @@ INSTANCE = "FutuAcceptance01", ["futuAcceptance00001"]
 
 class FutuSubject(Subject):
     """A-shares are held in CNH at Futu."""
-
-    def ready(self) -> None:
-        """A child process may take long to start; what comes after that is the kit's."""
-        wait_for(lambda: self.trader().cash().ok, "the broker to be connected", patience=120)
-        super().ready()
 
     def holdings(self) -> list[ExchangePosition]:
         held = super().holdings()
@@ -47,7 +42,7 @@ def futu(
             "unlock_pin": opend.pin_md5,
         }
         broker = broker_class(arguments, *INSTANCE)
-        with FutuSubject(broker, folder / "data", exchange, opend, connect_timeout=60.0) as subject:
+        with FutuSubject(broker, folder / "data", exchange, opend) as subject:
             yield subject
 
 

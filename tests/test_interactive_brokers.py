@@ -41,12 +41,6 @@ def broker(tws: Tws, **changes: object) -> InteractiveBrokers:
 class InteractiveBrokersSubject(Subject):
     """A-shares at IB are China Connect: their money is CNH."""
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        # Every call ends by itself here, so only a stuck thread would be replaced, which a slow
-        # one is not.
-        self.settings = replace(self.settings, hard_limit=60.0)
-
     def currency(self, region: str) -> str:
         return "CNH" if region == "CN" else super().currency(region)
 
@@ -66,9 +60,10 @@ class TestAcceptance(BrokerAcceptance, FaultAcceptance, PushAcceptance):
 
 @contextmanager
 def desk(tws: Tws, data_dir: Path, **arguments: object) -> Iterator[Subject]:
-    """The service with this TWS; what must succeed has the time that a slow machine takes."""
+    """The service with this TWS. Every call ends by itself here, so that only a thread that is
+    stuck would be replaced, and a slow one is not."""
     with InteractiveBrokersSubject(
-        broker(tws, **arguments), data_dir, tws.exchange, tws, deadline=30.0
+        broker(tws, **arguments), data_dir, tws.exchange, tws, hard_limit=60.0
     ) as subject:
         yield subject
 
@@ -122,7 +117,6 @@ def until(look: Callable[[], Answer], code: str = "") -> Answer:
     return wait_for(
         lambda: (lambda answer: answer if answer.code == code else None)(look()),
         f"an answer with code {code!r}",
-        patience=60,
     )
 
 
@@ -141,7 +135,7 @@ def down(trader: Trader, *words: str) -> Answer:
         said = answer.code == "BROKER_UNAVAILABLE" and any(one in answer["ex"] for one in words)
         return answer if said else None
 
-    return wait_for(look, f"503 because of {words}", patience=60)
+    return wait_for(look, f"503 because of {words}")
 
 
 # --- orders on the wire -------------------------------------------------------------------------
@@ -585,7 +579,7 @@ def test_a_deaf_tws(tws: Tws, tmp_path: Path) -> None:
         assert ping.seconds < 25
         tws.deaf = False
         until(trader.cash)
-        wait_for(lambda: trader.ping().body.get("pong"), "a pong", patience=60)
+        wait_for(lambda: trader.ping().body.get("pong"), "a pong")
 
 
 def test_silence_is_noticed_without_being_asked(
@@ -596,7 +590,7 @@ def test_silence_is_noticed_without_being_asked(
         connected(subject)
         before = tws.connections
         tws.deaf = True
-        wait_for(lambda: tws.connections > before, "another attempt to connect", patience=60)
+        wait_for(lambda: tws.connections > before, "another attempt to connect")
 
 
 def test_nothing_is_denied_while_resynchronising(
@@ -625,10 +619,10 @@ def test_nothing_is_denied_while_resynchronising(
         thread.start()
     for _ in range(4):
         truths[:] = 0, 0
-        wait_for(lambda: min(truths) > 3, "answers", patience=60)
+        wait_for(lambda: min(truths) > 3, "answers")
         tws.cut()
     truths[:] = 0, 0
-    wait_for(lambda: min(truths) > 3, "answers after the last cut", patience=60)
+    wait_for(lambda: min(truths) > 3, "answers after the last cut")
     stop.set()
     for thread in threads:
         thread.join(60)
