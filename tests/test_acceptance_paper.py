@@ -14,7 +14,7 @@ import pytest
 
 from acceptance.cases import BrokerAcceptance
 from acceptance.kit import Subject, wait_for
-from httptrading.brokers import paper_quotes
+from httptrading.brokers import gateway, paper, paper_quotes
 from httptrading.brokers.base import BaseBroker
 from httptrading.brokers.paper import INITIAL_CASH, Paper
 from httptrading.brokers.paper_exchange import (
@@ -30,7 +30,14 @@ from httptrading.brokers.registry import broker_register
 from httptrading.brokers.settings import InstanceSettings
 from httptrading.errors import Rejected
 from httptrading.model import CURRENCIES, Contract, Quote
-from simulators.exchange import Exchange, ExchangeFill, ExchangeOrder, ExchangePosition, OrderStatus
+from simulators.exchange import (
+    Exchange,
+    ExchangeFill,
+    ExchangeOrder,
+    ExchangePosition,
+    ExchangeQuote,
+    OrderStatus,
+)
 
 STATUS = {
     Status.WORKING: OrderStatus.WORKING,
@@ -188,12 +195,20 @@ class BorrowingSubject(PaperSubject):
 
     def instances(self) -> list[InstanceSettings]:
         source = Quotes({"exchange": self.exchange}, self.SOURCE, ["theOthersToken0001"])
-        return [self.settings, InstanceSettings(source, ages={"quote": 0})]
+        return [self.settings, InstanceSettings(source, ages={"quote": 0}, hard_limit=60.0)]
 
     def calm(self) -> None:
-        with self.exchange.lock:
-            self.exchange.quotes.clear()
         self.exchange.clear_faults()
+        with self.exchange.lock:
+            changed = list(self.exchange.quotes)
+            self.exchange.quotes.clear()
+        trader = self.trader()
+        for name in changed:  # else an order of the next case may meet the price of this one
+            usual = ExchangeQuote(*name).latest
+            wait_for(
+                lambda name=name, usual=usual: trader.quote(*name)["quote"]["latest"] == usual,
+                "the usual price",
+            )
         super().calm()
 
     def set_quote(self, region: str, ticker: str, **fields: Any) -> bool:
@@ -233,6 +248,11 @@ class TestPaperOnOthersQuotes(BrokerAcceptance):
     @pytest.fixture(scope="class")
     def subject(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(paper_quotes, "FRESH", 0.0)  # each case sets prices of its own
+            # Each case sets prices of its own: an order waits for them, and nobody else asks, who
+            # would meet a case's fault or bring back the price of another.
+            patch.setattr(paper_quotes, "FRESH", 0.0)
+            patch.setattr(paper, "BORROWED_WAIT", 25.0)
+            patch.setattr(paper, "PULSE_BORROWED", 600.0)
+            patch.setattr(gateway, "QUOTE_FROM_SECONDS", 25.0)
             with BorrowingSubject(tmp_path_factory.mktemp("paper")) as subject:
                 yield subject
