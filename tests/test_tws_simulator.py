@@ -177,6 +177,20 @@ def test_faults(tws: Tws, exchange: Exchange) -> None:
     assert len(exchange.by_mark("lost")) == 1
 
 
+def test_what_is_late_is_done_when_its_connection_ends(tws: Tws, exchange: Exchange) -> None:
+    """It was read: no later connection finds the order missing and sees it appear afterwards."""
+    exchange.fault("place", FaultKind.LATE, seconds=600)
+
+    async def conversation(ib: Any) -> None:
+        ib.placeOrder(sdk.Stock("AAPL", "SMART", "USD"), limit_order(orderRef="late"))
+        await until(lambda: exchange.received("place"))
+        assert exchange.by_mark("late") == []
+        ib.disconnect()
+        await until(lambda: exchange.by_mark("late"))
+
+    run(tws, conversation)
+
+
 def test_stopping_leaves_nothing(exchange: Exchange) -> None:
     simulator = Tws(exchange).start()
     threads = [thread for thread in threading.enumerate() if thread.name == "tws-simulator"]

@@ -415,6 +415,7 @@ class _Connection(asyncio.Protocol):
         self._said_api = False
         self._times: list[float] = []
         self._late: list[list[str]] | None = None  # messages behind one that is answered late
+        self._late_action: Callable[[], object] = lambda: None
         self._gathered: list[bytes] | None = None  # messages that go out as one
         self.transport: asyncio.Transport
 
@@ -426,6 +427,9 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.tws._clients.discard(self)
+        if self._late is not None:  # read already: done before the next connection is served
+            self._late = None
+            self._late_action()
         self.tws._summaries = {
             each for each in self.tws._summaries if each[0] != self.client_id or not self.started
         }
@@ -524,8 +528,8 @@ class _Connection(asyncio.Protocol):
                 pass
             case FaultKind.LATE:
                 # TWS takes one client's messages in their order.
-                self._late = []
-                asyncio.get_running_loop().call_later(fault.seconds, self._catch_up, action)
+                self._late, self._late_action = [], action
+                asyncio.get_running_loop().call_later(fault.seconds, self._catch_up)
             case FaultKind.GARBAGE:
                 # Not even framed: whatever follows is unreadable for the client.
                 self.transport.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
@@ -538,9 +542,11 @@ class _Connection(asyncio.Protocol):
                 if fault.kind is FaultKind.ACCEPT_THEN_CUT:
                     self.abort()
 
-    def _catch_up(self, action: Callable[[], object]) -> None:
-        waiting, self._late = self._late or [], None
-        action()
+    def _catch_up(self) -> None:
+        if self._late is None:
+            return  # the connection ended meanwhile
+        waiting, self._late = self._late, None
+        self._late_action()
         for fields in waiting:
             if self._late is not None:
                 self._late.append(fields)
