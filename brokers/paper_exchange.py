@@ -508,8 +508,12 @@ class PaperExchange:
         account.save(order, moment)
 
     def _reserve(self, account: _Account, order: PaperOrder) -> None:
-        """Sets aside what the rest of a working buy may cost, and frees what it no longer may."""
-        need = Decimal(0) if order.status.is_final else self._cover(order)
+        """Sets aside what the rest of a working buy may cost, and frees what it no longer may.
+
+        After a fill above what was reckoned with there may be less left than that: all of it then.
+        """
+        left = account.spendable(order.currency) + order.reserved
+        need = Decimal(0) if order.status.is_final else min(self._cover(order), left)
         account.reserve(order.currency, need - order.reserved)
         order.reserved = need
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from httptrading.brokers.paper import Paper
@@ -469,6 +469,16 @@ _files = itertools.count()
 @settings(
     max_examples=30,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@example(
+    # A part is filled so far above the price at the time of the order that the rest costs too much.
+    steps=[
+        ("time", 0, 9000),
+        ("place", "BUY", 112, None),
+        ("place", "BUY", 888, None),
+        ("cancel", 0),
+        ("time", 4, 10875),
+    ]
 )
 @given(steps=st.lists(STEPS, min_size=5, max_size=25))
 def test_money_and_shares_are_conserved(tmp_path: Path, steps: list[Any]) -> None:
