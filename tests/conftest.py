@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, settings
 
-# A machine that is busy, or stands still, is no failure.
-settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# A machine that is busy, or stands still, is no failure; and what passed once passes again, so that
+# nobody's change is refused for another's defect. New examples: --hypothesis-profile exploring.
+settings.register_profile("exploring", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("here", settings.get_profile("exploring"), derandomize=True)
 settings.load_profile("here")
 
 
