@@ -453,10 +453,20 @@ class Instance:
 
     def _give_back(self, key: str, placement: Placement, error: BaseException) -> None:
         """Ends a placement that was never let run."""
+        self._withdraw(placement)
         call = placement.call
         if (call is None or not call.ready) and not placement.done():
             self._forget(key, placement)
             placement.set_exception(error)
+
+    def _withdraw(self, placement: Placement) -> None:
+        """Takes its call out of the queue, if it is still there."""
+        call = placement.call
+        if call is None:
+            return
+        worker = self._worker("place_order")
+        if worker.withdraw(call):
+            call.set_exception(worker.unavailable() or not_sent_in_time())
 
     def _send(
         self,
@@ -466,10 +476,10 @@ class Instance:
         placement: Placement,
         deadline: float,
     ) -> None:
-        """Takes a place in the queue, records the order durably, and only then lets it run.
+        """Takes a place in the queue, has the order recorded, and only then lets it run.
 
-        In this order nothing is recorded for a call that is refused, and the request's own thread
-        waits for the disk, not the worker, so that orders that come together are written together.
+        In this order nothing is recorded for a call that is refused, and no worker waits for the
+        disk, so that orders that come together are written together.
         """
         mark = placement.mark = self._journal.mark(self.id, key, attempt)
 
@@ -489,35 +499,29 @@ class Instance:
         }
         begin = self._reads.stale
         call = Call("place_order", arguments, deadline, begin=begin, finish=finish, ready=False)
-        worker = self._worker("place_order")
-        worker.submit(call)
+        self._worker("place_order").submit(call)
         placement.call = call
         call.add_done_callback(lambda call: self._placement_ended(key, placement))
         self.settlement.call_began(mark)
-        try:
-            recorded = self._journal.begin(self.id, key, attempt, request)
-            placement.row_id, placement.created = self._recorded(recorded, mark, deadline)
-        except BaseException:
-            worker.withdraw(call)
-            raise
-        if not worker.release(call):
-            error = call.exception()
-            assert isinstance(error, HttpTradingError)
-            self._write(placement, Outcome(NOT_PLACED, reason=error.text), lambda: None)
-            raise _own(error)
+        recorded = self._journal.begin(self.id, key, attempt, request)
+        recorded.add_done_callback(lambda row: self._recorded(key, placement, row))
 
-    def _recorded(
-        self, row: Future[tuple[int, datetime]], mark: str, deadline: float
-    ) -> tuple[int, datetime]:
-        """The row of an order that is about to be sent, when it is durable."""
-        try:
-            return row.result(max(0.0, deadline - time.monotonic()))
-        except BaseException as error:
-            # It may still get there; settlement then finds that there is no such order.
-            row.add_done_callback(lambda _: self.settlement.call_ended(mark, settled=False))
-            if isinstance(error, FutureTimeout):
-                raise Busy(TOO_SLOW, retry_after=2) from None
-            raise
+    def _recorded(self, key: str, placement: Placement, row: Future[tuple[int, datetime]]) -> None:
+        """On the journal's thread: the order's row is durable, so the call may run; or it cannot be
+        written."""
+        call, worker = placement.call, self._worker("place_order")
+        assert call is not None
+        error = row.exception()
+        if error is not None:
+            # It may have got there all the same; settlement then finds that there is no such order.
+            self.settlement.call_ended(placement.mark, settled=False)
+            self._give_back(key, placement, error)
+            return
+        placement.row_id, placement.created = row.result()
+        if not worker.release(call):
+            unsent = call.exception()
+            assert isinstance(unsent, HttpTradingError)
+            self._never_sent(key, placement, unsent)
 
     def _finish_place(
         self, key: str, placement: Placement, order_id: Any, error: HttpTradingError | None
@@ -545,6 +549,8 @@ class Instance:
 
         def resolve() -> None:
             self._forget(key, placement)
+            if placement.done():
+                return  # its request was told in time that nothing was sent
             if isinstance(answer, str):
                 placement.set_result(answer)
             else:
@@ -570,8 +576,8 @@ class Instance:
         settle().add_done_callback(written)
 
     def _placement_ended(self, key: str, placement: Placement) -> None:
-        """The call is over. If it ran, `_finish_place` knows more; if it is not ready, the request
-        that records it will see."""
+        """The call is over. If it ran, `_finish_place` knows more; if it was not ready,
+        `_recorded` will see."""
         call = placement.call
         assert call is not None
         if call.began is None and call.ready:
@@ -585,10 +591,10 @@ class Instance:
         try:
             order_id = self._wait(placement, deadline)
         except FutureTimeout:
-            call = placement.call
-            worker = self._worker("place_order")
-            if not replayed and call is not None and worker.withdraw(call):
-                call.set_exception(worker.unavailable() or not_sent_in_time())
+            if not replayed:
+                self._withdraw(placement)
+                if placement.call is not None and not placement.call.ready:
+                    raise Busy(TOO_SLOW, retry_after=2) from None  # nor will it ever run
             answer = placement.answer
             if answer is None:
                 self.settlement.call_late(placement.mark)

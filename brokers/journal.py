@@ -17,6 +17,7 @@ import base64
 import hashlib
 import logging
 import os
+import sqlite3
 import threading
 import time
 import uuid
@@ -31,7 +32,7 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import mysql
+from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.exc import (
     DataError,
     IntegrityError,
@@ -40,7 +41,7 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
 )
 
-from httptrading.brokers.group_commit import GroupCommit
+from httptrading.brokers.group_commit import GroupCommit, NotThatSimple
 from httptrading.errors import Busy
 from httptrading.model import (
     CURRENCIES,
@@ -154,6 +155,7 @@ _NEWEST_ATTEMPT = _WITH_KEY.order_by(_orders.c.attempt.desc()).limit(1)
 _NEWEST_PLACED = _NEWEST_ATTEMPT.where(_orders.c.state == PLACED)
 _UNSETTLED = sa.select(_orders).where(_mine, _orders.c.state.in_(UNSETTLED)).order_by(_orders.c.id)
 
+
 MOST_SEEN = 100
 LENGTHS = (1, 8, 64, 512)
 """Of the lists of names in a statement: each connection keeps what it has prepared, for each
@@ -164,6 +166,42 @@ TOO_SLOW = "The order journal is too slow (is the disk overloaded?); nothing was
 MIGRATIONS: tuple[tuple[str, ...], ...] = ((),)
 """One tuple of SQL statements per schema version; version 1 is `create_all`. A change to the tables
 appends a tuple, and a journal of an older version runs what it lacks, in order."""
+
+
+class _Short:
+    """A statement in SQLite's own words, for the driver's own connection: SQLAlchemy takes several
+    times as long as SQLite itself, and every order waits for three of these."""
+
+    def __init__(self, statement: sa.ClauseElement, columns: Iterable[str] = ()) -> None:
+        """`columns`: those that an INSERT or UPDATE sets."""
+        made = statement.compile(dialect=sqlite.dialect(), column_keys=list(columns) or None)
+        self._text = str(made)
+        self._names = tuple(made.positiontup or ())
+        self._fixed = {
+            name: value for name, value in made.params.items() if isinstance(value, str | int)
+        }
+
+    def __call__(self, driver: sqlite3.Connection, values: Mapping[str, Any]) -> sqlite3.Cursor:
+        known = {**self._fixed, **values}
+        return driver.execute(self._text, [known[name] for name in self._names])
+
+
+_early = _orders.alias()
+_INSERT_SHORT = _Short(_INSERT, (column.name for column in _orders.c if column.name != "id"))
+_PLACED_SHORT = _Short(
+    _UPDATE.where(
+        _orders.c.state == SENDING,
+        _orders.c.order_id.is_(None),
+        ~sa.exists().where(
+            _early.c.instance_id == _orders.c.instance_id,
+            _early.c.order_id == sa.bindparam("by_order_id"),
+            _early.c.state == SEEN,
+            _early.c.id > _orders.c.id,
+        ),
+    ),
+    ("state", "order_id", "updated"),
+)
+_HAS_KEY_SHORT = _Short(_WITH_KEY.with_only_columns(_orders.c.id).limit(1))
 
 
 @dataclass(frozen=True)
@@ -246,7 +284,7 @@ class Journal:
         newer version is a ValueError.
         """
         made = sa.make_url(url)
-        is_sqlite = made.get_backend_name() == "sqlite"
+        self._is_sqlite = is_sqlite = made.get_backend_name() == "sqlite"
         if is_sqlite and made.database in (None, "", ":memory:"):
             raise ValueError("The order journal needs a database that outlives the process.")
         # A server that has been restarted leaves dead connections in the pool.
@@ -255,6 +293,8 @@ class Journal:
         self._writer = sa.create_engine(url, pool_size=1, pool_pre_ping=ping)
         self._commits = GroupCommit(self._writer, _unwritable)
         self._seen = _Seen(0)
+        self._asking = threading.Lock()
+        self._asked: sa.PoolProxiedConnection | None = None
         self._opening = threading.Lock()
         self._closed = False
         self._gateway_id: str | None = None
@@ -272,6 +312,8 @@ class Journal:
     def close(self) -> None:
         self._commits.close(2.0)
         self._closed = True
+        with self._asking:
+            self._let_go()
         self._reader.dispose()
         self._writer.dispose()
 
@@ -299,6 +341,7 @@ class Journal:
             "attempt": attempt,
             "mark": self.mark(instance_id, client_order_id, attempt),
             "state": SENDING,
+            "order_id": None,
             "trade_type": request.contract.trade_type.name,
             "region": request.contract.region,
             "ticker": request.contract.ticker,
@@ -321,22 +364,47 @@ class Journal:
             "updated": now,
         }
 
+        created = datetime.fromtimestamp(now, UTC)
+
         def body(connection: sa.Connection) -> tuple[int, datetime]:
             inserted = connection.execute(_INSERT, values).inserted_primary_key
             assert inserted is not None
-            return int(inserted[0]), datetime.fromtimestamp(now, UTC)
+            return int(inserted[0]), created
 
-        return self._post(body)
+        def short(driver: sqlite3.Connection) -> tuple[int, datetime]:
+            return int(_INSERT_SHORT(driver, values).lastrowid or 0), created
+
+        return self._post(body, short=short)
 
     def settle(self, row_id: int, outcome: Outcome) -> Future[None]:
         """Writes what became of a sent order; the future is done when that is durable.
 
         `PLACED`: the broker took it under this id; what a push said of the id meanwhile is joined.
+        The disk is not waited for: should the power fail in the next moment, the row says `sending`
+        again, and the order is found at the broker as after a crash one moment earlier.
         `REFUSED`: there is no such order, unless a part of it has been filled. `UNKNOWN`: no clear
         answer came. `NOT_PLACED`: nothing was sent, or the broker's lists lack it; only if that is
         still open.
         """
-        return self._post(lambda connection: self._apply(connection, row_id, outcome))
+
+        def body(connection: sa.Connection) -> None:
+            self._apply(connection, row_id, outcome)
+
+        if outcome.state != PLACED:
+            return self._post(body)
+        values = {
+            "row": row_id,
+            "state": PLACED,
+            "order_id": outcome.order_id,
+            "by_order_id": outcome.order_id,
+            "updated": time.time(),
+        }
+
+        def short(driver: sqlite3.Connection) -> None:
+            if _PLACED_SHORT(driver, values).rowcount != 1:
+                raise NotThatSimple  # a push was first
+
+        return self._post(body, short=short, soon=True)
 
     def _apply(self, connection: sa.Connection, row_id: int, outcome: Outcome) -> None:
         row = connection.execute(_BY_ROW, {"row": row_id}).one()
@@ -519,10 +587,33 @@ class Journal:
         """The newest attempt under this client order id; an earlier one if that is at the broker
         and this one is not (it had counted as not placed, and came to light later)."""
         named = {"instance": instance_id, "key": client_order_id}
+        if self._is_new(named):
+            return None
         newest = self._one(_NEWEST_ATTEMPT, **named)
         if newest is None or newest.attempt == 1 or newest.state not in (NOT_PLACED, REFUSED):
             return newest
         return self._one(_NEWEST_PLACED, **named) or newest
+
+    def _is_new(self, named: Mapping[str, str]) -> bool:
+        """Whether there surely is no row of this client order id: most orders ask for one."""
+        if not self._is_sqlite:
+            return False
+        self._open()
+        with self._asking:
+            try:
+                if self._asked is None:
+                    self._asked = self._reader.raw_connection()
+                driver = self._asked.driver_connection
+                assert isinstance(driver, sqlite3.Connection)
+                return _HAS_KEY_SHORT(driver, named).fetchone() is None
+            except (sqlite3.Error, SQLAlchemyError):
+                self._let_go()
+                return False  # whoever asks at length is told what is wrong
+
+    def _let_go(self) -> None:
+        if self._asked is not None:
+            self._asked.close()
+            self._asked = None
 
     def by_order_id(self, instance_id: str, order_id: str) -> JournalOrder | None:
         [row] = self._rows(instance_id, [("", order_id)])
@@ -592,14 +683,21 @@ class Journal:
         except TimeoutError:
             raise Busy(TOO_SLOW, retry_after=2) from None
 
-    def _post(self, body: Callable[[sa.Connection], _Result]) -> Future[_Result]:
+    def _post(
+        self,
+        body: Callable[[sa.Connection], _Result],
+        *,
+        short: Callable[[sqlite3.Connection], _Result] | None = None,
+        soon: bool = False,
+    ) -> Future[_Result]:
+        """As `GroupCommit.post`."""
         try:
             self._open()
         except Busy as error:
             failed: Future[_Result] = Future()
             failed.set_exception(error)
             return failed
-        return self._commits.post(body)
+        return self._commits.post(body, short=short, soon=soon)
 
     @contextmanager
     def _connected(self) -> Iterator[sa.Connection]:

@@ -63,7 +63,9 @@ class Settlement:
     def __init__(self, instance: Instance, journal: Journal) -> None:
         self._instance = instance
         self._journal = journal
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._due = threading.Condition(self._lock)  # the thread has something to do
+        self._news = threading.Condition(self._lock)  # whoever waits for a row may look again
         self._calls: Counter[str] = Counter()  # orders whose SDK call has not ended
         self._late: set[str] = set()  # those of them that nobody waits for any more
         self._over: dict[str, float] = {}  # unsettled order → when its call was over, monotonic
@@ -87,19 +89,20 @@ class Settlement:
 
     def drain(self, until: float) -> None:
         """Nobody waits for a row longer than that (monotonic)."""
-        with self._changed:
+        with self._lock:
             self._drain_until = until
-            self._changed.notify_all()
+            self._news.notify_all()
 
     def stop(self) -> None:
-        with self._changed:
+        with self._lock:
             self._stopped = True
-            self._changed.notify_all()
+            self._due.notify_all()
+            self._news.notify_all()
 
     # --- told by the instance -----------------------------------------------------------------
     def call_began(self, mark: str) -> None:
         """Before the order is in the journal: it is not looked for while it is being sent."""
-        with self._changed:
+        with self._lock:
             self._calls[mark] += 1
             self._over.pop(mark, None)
             self._misses.pop(mark, None)
@@ -107,47 +110,47 @@ class Settlement:
     def call_late(self, mark: str) -> None:
         """Nobody waits for the call any more, but it has not ended: the order may be found, yet it
         cannot count as not placed."""
-        with self._changed:
+        with self._lock:
             if mark in self._calls:
                 self._late.add(mark)
                 self._look_in(FIRST_LOOK)
 
     def call_ended(self, mark: str, *, settled: bool) -> None:
         """What became of it is in the journal. `settled`: and it is no longer in doubt."""
-        with self._changed:
+        with self._lock:
             self._calls -= Counter((mark,))  # drops what has come to nothing
             self._late.discard(mark)
             if not settled:
                 self._over[mark] = time.monotonic()
                 self._look_in(FIRST_LOOK)
-            self._changed.notify_all()
+            self._news.notify_all()
 
     def connected(self) -> None:
-        with self._changed:
+        with self._lock:
             self._resync = True
             self._looks = 0
             self._next = time.monotonic()
-            self._changed.notify_all()
+            self._due.notify_all()
 
     def news(self) -> None:
         """Something was recorded that may have settled a row."""
-        with self._changed:
-            self._changed.notify_all()
+        with self._lock:
+            self._news.notify_all()
 
     def wait_for(self, row: JournalOrder, deadline: float) -> bool:
         """Waits until the row is settled; False when it is not by the deadline."""
-        with self._changed:
+        with self._lock:
             self._look_in(0.0)
         while True:
             known = self._journal.by_row_id(row.row_id)
             if known is None or known.state not in UNSETTLED:
                 return True
-            with self._changed:
+            with self._lock:
                 left = min(deadline, self._drain_until) - time.monotonic()
                 hopeless = not self._instance.lists_orders and row.mark not in self._calls
                 if left <= 0 or self._stopped or hopeless:
                     return False
-                self._changed.wait(min(left, POLL))
+                self._news.wait(min(left, POLL))
 
     def _look_in(self, seconds: float) -> None:
         """An event: a listing is due soon, but not right after the last one."""
@@ -156,7 +159,7 @@ class Settlement:
 
     def _wake_at(self, moment: float) -> None:
         self._next = moment if self._next is None else min(self._next, moment)
-        self._changed.notify_all()
+        self._due.notify_all()
 
     def _pause(self) -> float:
         least = max(float(self._instance.broker.listing_delay), LEAST_PAUSE)
@@ -176,23 +179,23 @@ class Settlement:
                 log.exception("settling failed")
                 pause = 10.0
             if pause is not None:
-                with self._changed:
+                with self._lock:
                     self._wake_at(time.monotonic() + pause)
 
     def _wait(self) -> bool:
         """Until a look is due; False when the service stops."""
-        with self._changed:
+        with self._lock:
             while not self._stopped:
                 now = time.monotonic()
                 if self._next is not None and self._next <= now:
                     self._next = None
                     return True
-                self._changed.wait(None if self._next is None else self._next - now)
+                self._due.wait(None if self._next is None else self._next - now)
             return False
 
     def _look(self) -> float | None:
         """Looks once; returns the seconds until the next look, or None when nothing is open."""
-        with self._changed:
+        with self._lock:
             resync, calls, late = self._resync, set(self._calls), bool(self._late)
         rows = self._journal.unsettled(self._instance.id)
         ended = [row for row in rows if row.mark not in calls]
@@ -200,7 +203,7 @@ class Settlement:
             self._forget_settled(rows)
             return None
         began, seen = time.monotonic(), time.time()
-        with self._changed:
+        with self._lock:
             self._looked = began
             self._looks += 1
             self._resync = False
@@ -216,18 +219,18 @@ class Settlement:
                 )
             return None
         except BaseException:
-            with self._changed:
+            with self._lock:
                 self._resync = self._resync or resync
             raise
         found = {report.mark for report in reports if report.mark and report.order.order_id}
-        with self._changed:
+        with self._lock:
             self._late &= {row.mark or "" for row in rows} - found
-            self._changed.notify_all()
+            self._news.notify_all()
         left = self._judge([row for row in ended if row.mark not in found], reports, began)
         if resync:
             self._look_up_missing(reports)
-        with self._changed:
-            self._changed.notify_all()
+        with self._lock:
+            self._news.notify_all()
             return self._next_pause(left) if left or self._late else None
 
     def _next_pause(self, left: list[JournalOrder]) -> float:
@@ -251,7 +254,7 @@ class Settlement:
             if mark in shown:
                 left.append(row)
                 continue
-            with self._changed:
+            with self._lock:
                 over = self._over.setdefault(mark, self._born)
             if began >= over + delay:
                 self._misses[mark] = self._misses.get(mark, 0) + 1
@@ -285,7 +288,7 @@ class Settlement:
 
     def _forget_settled(self, left: list[JournalOrder]) -> None:
         keep = {row.mark for row in left}
-        with self._changed:
+        with self._lock:
             # A call that has just ended has its time noted already, its row not yet read.
             newest = time.monotonic() - LISTING_SECONDS * 2
             self._over = {

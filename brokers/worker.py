@@ -189,7 +189,7 @@ class Worker:
                 raise Busy("Too many requests are waiting; nothing was sent.", retry_after=1)
             self._windows.admit(call.costs, cancel=call.is_cancel, patience=call.deadline - now)
             bisect.insort(self._queue, (call.priority, next(self._numbers), call))
-        if lane is not None:
+        if lane is not None and call.ready:
             lane.wake(at_once=attempts_at_once)
         return call
 

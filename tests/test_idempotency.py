@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
 
 from acceptance.kit import Answer, Trader, in_time, wait_for
 from httptrading.brokers.base import Window
@@ -60,16 +59,16 @@ def test_twice(on: Stage) -> None:
     assert len(on.script.calls("place_order")) == 1
 
 
-def test_an_order_costs_two_waits_for_the_disk(on: Stage) -> None:
-    commits: list[Any] = []
-    sa.event.listen(on.gateway._journal._writer, "commit", commits.append)
+def test_an_order_costs_two_transactions(on: Stage) -> None:
+    commits = on.gateway._journal._commits
+    before = commits.ended
     trader = on.trader()
     assert trader.place(LIMIT_ORDER, key="k").ok
-    assert len(commits) == 2  # before it is sent, and before it is answered
+    assert commits.ended == before + 2  # before it is sent, and before it is answered
     assert trader.place(LIMIT_ORDER, key="k").replayed
     on.script.do["place_order"] = raising(Rejected("No."))
     assert trader.place(LIMIT_ORDER, key="refused").code == "BROKER_REJECTED"
-    assert len(commits) == 4
+    assert commits.ended == before + 4
 
 
 def test_content_alone_is_no_duplicate(on: Stage) -> None:

@@ -469,7 +469,6 @@ def test_rows_of_an_earlier_life(tmp_path: Path) -> None:
 CRASH = """
 import os, sys
 from pathlib import Path
-import sqlalchemy as sa
 from httptrading.brokers.journal import Journal
 from httptrading.brokers.settlement import Settlement
 from simulators.scripted import LIMIT_ORDER, stage
@@ -491,9 +490,9 @@ with stage(folder / "data") as on:
         return "1"
     on.script.do["place_order"] = at_the_broker
     if place == "before the row is durable":
-        sa.event.listen(on.gateway._journal._writer, "commit", crash)
+        on.gateway._journal._commits._commit = crash
     if place == "before the outcome is durable":
-        Journal._apply = crash
+        Journal.settle = crash
     if place == "before the answer":
         Settlement.call_ended = crash
     on.trader().place(LIMIT_ORDER, key="k")
@@ -884,6 +883,7 @@ def test_a_journal_that_cannot_even_be_read(on: Stage, tmp_path: Path) -> None:
     path = tmp_path / "journal.sqlite"
     path.rename(tmp_path / "away")
     path.mkdir()
+    on.gateway._journal._let_go()
     on.gateway._journal._reader.dispose()
     for key in ("first", "new"):
         answer = trader.place(LIMIT_ORDER, key=key)
