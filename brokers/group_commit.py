@@ -82,8 +82,8 @@ class GroupCommit:
         """The future is done when the change is durable, or has failed as a whole.
 
         `short` does the same with one statement in SQLite's own words, or raises NotThatSimple;
-        SQLAlchemy takes several times as long as SQLite itself. `soon`: the future need not wait for the disk; the
-        change outlives the process then, and a moment later a power cut too.
+        SQLAlchemy takes several times as long as SQLite itself. `soon`: the future need not wait
+        for the disk; the change outlives the process then, and a moment later a power cut too.
         """
         change = _Change(body, short, soon)
         with self._lock:

@@ -175,15 +175,15 @@ class _Short:
     def __init__(self, statement: sa.ClauseElement, columns: Iterable[str] = ()) -> None:
         """`columns`: those that an INSERT or UPDATE sets."""
         made = statement.compile(dialect=sqlite.dialect(), column_keys=list(columns) or None)
-        self._text = str(made)
-        self._names = tuple(made.positiontup or ())
+        self.text = str(made)
+        self.names = tuple(made.positiontup or ())
         self._fixed = {
             name: value for name, value in made.params.items() if isinstance(value, str | int)
         }
 
     def __call__(self, driver: sqlite3.Connection, values: Mapping[str, Any]) -> sqlite3.Cursor:
         known = {**self._fixed, **values}
-        return driver.execute(self._text, [known[name] for name in self._names])
+        return driver.execute(self.text, [known[name] for name in self.names])
 
 
 _early = _orders.alias()

@@ -206,6 +206,31 @@ def test_silent_connections_take_no_thread(service: Service) -> None:
         assert time.monotonic() - began < 15
 
 
+def test_a_thread_that_stays_with_its_client_is_called_back(service: Service) -> None:
+    """Both threads wait an hour for their clients' next requests, and a third client comes."""
+    patient = service.directory / "patient.conf.py"
+    patient.write_text(
+        f"exec(open({str(ROOT / 'gunicorn.conf.py')!r}).read())\n"
+        "from httptrading.app import gthread\n"
+        "gthread.STAY = 3600\n"
+    )
+    with (
+        service.running("-c", str(patient), "--threads", "2"),
+        contextlib.ExitStack() as stack,
+    ):
+        clients = [
+            stack.enter_context(
+                contextlib.closing(
+                    http.client.HTTPConnection("127.0.0.1", service.port, timeout=PATIENCE)
+                )
+            )
+            for _ in range(6)
+        ]
+        for client in (*clients, *reversed(clients), *clients):
+            client.request("GET", "/httptrading/healthz")
+            assert json.load(client.getresponse()) == {"status": "ok"}
+
+
 def test_half_a_request_is_given_up(service: Service) -> None:
     with service.running(), service.connect() as client:
         client.sendall(b"GET /httptrading/healthz HTTP/1.1\r\nX-Slow: ")

@@ -509,6 +509,46 @@ def test_each_write_reaches_the_disk_before_it_counts(path: Path) -> None:
         assert row_of(crashed, row_id).state == PLACED
 
 
+def test_what_is_waited_for(journal: Journal) -> None:
+    """An order is on the disk before it is sent. That it was placed is on its way there when the
+    client is told, and gets there without any other order's help; a refusal is there."""
+    row_id = begin(journal)
+    driver = journal._commits._driver()
+    said: list[str] = []
+    driver.set_trace_callback(said.append)
+    other = begin(journal, "b")
+    for row, state in ((row_id, PLACED), (other, REFUSED)):
+        settle(journal, row, state, "1")
+    driver.set_trace_callback(None)
+    modes = {}
+    for number, text in enumerate(said):
+        if text.startswith(("INSERT", "UPDATE")):
+            [*_, mode] = [one for one in said[:number] if one.startswith("PRAGMA synchronous")]
+            modes[next(word for word in ("placed", "refused", "sending") if word in text)] = mode
+    full, normal = "PRAGMA synchronous=FULL", "PRAGMA synchronous=NORMAL"
+    assert modes == {"sending": full, "placed": normal, "refused": full}
+
+
+def test_what_was_not_waited_for_reaches_the_disk(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    reached = threading.Event()
+    fsync = os.fsync
+
+    def remember(file: int) -> None:
+        synced.append(os.fstat(file).st_ino)
+        fsync(file)
+        reached.set()
+
+    with closing(Journal(f"sqlite:///{path}")) as journal:
+        row_id = begin(journal)
+        monkeypatch.setattr(os, "fsync", remember)
+        settle(journal, row_id, PLACED, "1")
+        assert reached.wait(60)
+        assert synced == [os.stat(f"{path}-wal").st_ino]
+
+
 def test_it_survives(path: Path) -> None:
     with closing(Journal(f"sqlite:///{path}")) as journal:
         row_id, gateway = begin(journal), journal.gateway_id
@@ -587,6 +627,8 @@ def test_every_query_uses_an_index(journal: Journal) -> None:
     for open_ in (True, False, None):
         for since in (datetime.now(UTC), None):
             journal.orders(ID, open_=open_, since=since, limit=10)
+    short = (journal_module._HAS_KEY_SHORT, journal_module._PLACED_SHORT)
+    asked += [(one.text, ("1",) * len(one.names)) for one in short]
     tables = [(text, values) for text, values in asked if " orders" in text or " fills" in text]
     assert len({text for text, _ in tables}) >= 12
     with journal._reader.connect() as connection:
