@@ -49,10 +49,11 @@ def envelope(broker: BaseBroker, ex: str | None, time: datetime | None = None) -
     }
 
 
+_HEADERS = (("Content-Type", "application/json"), ("Cache-Control", "no-store"))
+
+
 def json_answer(body: Mapping[str, Any], status: int = 200) -> Response:
-    response = Response(dump_json(body) + "\n", status, content_type="application/json")
-    response.headers["Cache-Control"] = "no-store"
-    return response
+    return Response(dump_json(body) + "\n", status, _HEADERS)
 
 
 def error_body(broker: BaseBroker, error: HttpTradingError, request_id: str) -> dict[str, Any]:

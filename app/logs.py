@@ -23,7 +23,7 @@ _FIELDS = ("request_id", "instance", "status", "outcome", "milliseconds")
 _SHORTEST_SECRET = 6
 _to_json = json.JSONEncoder(ensure_ascii=False).encode
 
-GATHER = 0.05
+GATHER = 0.02
 """Seconds in which lines come together, to be written at once and not amidst their requests."""
 
 MOST_WAITING = 10_000

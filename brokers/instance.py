@@ -749,10 +749,9 @@ class Instance:
     def _joined_order(self, report: OrderReport) -> Order:
         """What the report and the journal say together."""
         try:
-            joined = self._journal.joined(self.id, [report])
+            return self._journal.together(self.id, report)
         except Busy:
-            joined = []
-        return joined[0].order if joined else report.order
+            return report.order
 
     def _remembered_order(self, order_id: str) -> Order | None:
         """What the broker's answer in memory, already joined to the journal, came to."""

@@ -13,7 +13,6 @@ known from the broker's lists and pushes.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import logging
 import os
@@ -27,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -40,6 +40,7 @@ from sqlalchemy.exc import (
     ProgrammingError,
     SQLAlchemyError,
 )
+from sqlalchemy.sql.compiler import SQLCompiler
 
 from httptrading.brokers.group_commit import GroupCommit, NotThatSimple
 from httptrading.errors import Busy
@@ -175,6 +176,7 @@ class _Short:
     def __init__(self, statement: sa.ClauseElement, columns: Iterable[str] = ()) -> None:
         """`columns`: those that an INSERT or UPDATE sets."""
         made = statement.compile(dialect=sqlite.dialect(), column_keys=list(columns) or None)
+        assert isinstance(made, SQLCompiler)
         self.text = str(made)
         self.names = tuple(made.positiontup or ())
         self._fixed = {
@@ -326,8 +328,7 @@ class Journal:
     def mark(self, instance_id: str, client_order_id: str, attempt: int) -> str:
         """The tag given to the broker: unique to this row of this journal; 20 ASCII characters."""
         row = "\n".join((self.gateway_id, instance_id, client_order_id, str(attempt)))
-        digest = base64.b32encode(hashlib.sha256(row.encode()).digest()).decode().lower()
-        return "ht" + digest[:18]
+        return "ht" + hashlib.sha256(row.encode()).hexdigest()[:18]
 
     def begin(
         self, instance_id: str, client_order_id: str, attempt: int, request: OrderRequest
@@ -481,6 +482,14 @@ class Journal:
                 joined.append(_journal_order(SimpleNamespace(**(known | values))))
         return joined
 
+    def together(self, instance_id: str, report: OrderReport) -> Order:
+        """What a report and its row say of the order."""
+        [row] = self._rows(instance_id, [_names(report)])
+        if row is None:
+            return report.order
+        values = _news(instance_id, time.time(), row, report)
+        return _order_of(SimpleNamespace(**(dict(row._mapping) | values)) if values else row)
+
     @staticmethod
     def _find(
         connection: sa.Connection, instance_id: str, names: list[_Names]
@@ -617,7 +626,7 @@ class Journal:
 
     def by_order_id(self, instance_id: str, order_id: str) -> JournalOrder | None:
         [row] = self._rows(instance_id, [("", order_id)])
-        return None if row is None else _journal_order(row)
+        return None if row is None else _as_read(row)
 
     def sent_ages(self, instance_id: str, seconds: float) -> list[float]:
         """How many seconds ago each order was sent, for those of the last `seconds`."""
@@ -672,7 +681,7 @@ class Journal:
 
     def _many(self, statement: sa.Select[Any], **values: Any) -> list[JournalOrder]:
         with self._connected() as connection:
-            return [_journal_order(row) for row in connection.execute(statement, values)]
+            return [_as_read(row) for row in connection.execute(statement, values)]
 
     # --- the database -------------------------------------------------------------------------
     def _write(self, body: Callable[[sa.Connection], None], deadline: float | None) -> None:
@@ -956,6 +965,10 @@ def _journal_order(row: Any) -> JournalOrder:
         created=datetime.fromtimestamp(row.created, UTC),
         updated=datetime.fromtimestamp(row.updated, UTC),
     )
+
+
+_as_read = lru_cache(1000)(_journal_order)
+"""Of a row that was read: whoever polls reads the same again."""
 
 
 def _time(row: Any) -> datetime:
