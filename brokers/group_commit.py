@@ -24,6 +24,10 @@ _Result = TypeVar("_Result")
 
 MOST_TOGETHER = 100
 
+SYNC_AFTER = 0.01
+"""Seconds after which the disk is told to keep what nobody waited for, unless another commit does
+so first: the client's answer goes out meanwhile, undisturbed."""
+
 
 class NotThatSimple(Exception):
     """A short form does not fit what is in the database: the whole `body` is to run."""
@@ -108,9 +112,11 @@ class GroupCommit:
 
     def _run(self) -> None:
         while True:
-            if self._queue.empty() and not self._synced:
+            try:
+                change = self._queue.get(timeout=None if self._synced else SYNC_AFTER)
+            except queue.Empty:
                 self._sync()
-            change = self._queue.get()
+                continue
             batch: list[_Change[Any]] = []
             while change is not None:
                 batch.append(change)
