@@ -158,14 +158,14 @@ class Service:
         return self.metrics.page()
 
 
-def log_request(method: str, path: str, **fields: Any) -> None:
+def log_request(method: str, path: str, **fields: object) -> None:
     """A line in the access log, without `Logger.info`'s search for the line of code that logs."""
     if log.isEnabledFor(logging.INFO):
-        record = logging.LogRecord(
-            log.name, logging.INFO, __file__, 0, "%s %s", (method, path), None
+        log.handle(
+            log.makeRecord(
+                log.name, logging.INFO, __file__, 0, "%s %s", (method, path), None, extra=fields
+            )
         )
-        vars(record).update(fields)
-        log.handle(record)
 
 
 def make_blueprint(service: Service, url_prefix: str) -> Blueprint:

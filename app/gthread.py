@@ -45,7 +45,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self._staying = 0  # those of them whose thread waits for their next request
         # A byte in here calls one staying thread back.
         self._recall, self._recalled = socket.socketpair()
-        self._recalled.setblocking(False)
+        for end in (self._recall, self._recalled):
+            end.setblocking(False)
         super().init_process()
 
     def enqueue_req(self, conn: Any) -> None:
@@ -54,7 +55,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self._jobs += 1
             recall = self._jobs > self.cfg.threads and self._staying > 0
         if recall:
-            self._recall.send(b"!")
+            with suppress(BlockingIOError):  # so many are called back already
+                self._recall.send(b"!")
         super().enqueue_req(conn)
 
     def accept(self, listener: Any) -> None:

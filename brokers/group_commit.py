@@ -183,7 +183,8 @@ class GroupCommit:
     def _begin(self) -> Iterator[sa.Connection]:
         connection = self._connection()
         if self._is_sqlite:
-            self._driver().execute("PRAGMA synchronous=FULL")
+            with _as_sqlalchemy_words_it():
+                self._driver().execute("PRAGMA synchronous=FULL")
         with connection.begin():
             yield connection
         self._synced = True
@@ -192,11 +193,11 @@ class GroupCommit:
 
     @contextmanager
     def _begin_short(self, batch: list[_Change[Any]]) -> Iterator[sqlite3.Connection]:
-        """The driver's own connection in a transaction; its errors as SQLAlchemy words them."""
+        """The driver's own connection in a transaction."""
         soon = all(change.soon for change in batch)
         self._connection()
         driver = self._driver()
-        try:
+        with _as_sqlalchemy_words_it():
             driver.execute(f"PRAGMA synchronous={'NORMAL' if soon else 'FULL'}")
             if len(batch) > 1:  # a single statement is a transaction by itself
                 driver.execute("BEGIN IMMEDIATE")
@@ -207,8 +208,6 @@ class GroupCommit:
             except BaseException:
                 driver.rollback()
                 raise
-        except sqlite3.Error as error:
-            raise DBAPIError.instance(None, None, error, sqlite3.Error) from None
         self._synced = not soon
 
     def _driver(self) -> sqlite3.Connection:
@@ -221,9 +220,8 @@ class GroupCommit:
         """Waits for the disk to have what was committed without waiting. A later commit that waits
         does the same: there is one log."""
         self._synced = True
-        if self._held is None:
-            return
         try:
+            self._connection()
             path = self._driver().execute("PRAGMA database_list").fetchone()[2]
             log_file = os.open(f"{path}-wal", os.O_RDWR | os.O_CLOEXEC)
             try:
@@ -232,5 +230,15 @@ class GroupCommit:
                 os.close(log_file)
         except FileNotFoundError:
             pass  # a file system without shared memory: SQLite keeps no such log, and has synced
-        except (OSError, sqlite3.Error) as error:
-            log.error("what was recorded last may not outlive a power cut (%s)", error)
+        except (OSError, sqlite3.Error, SQLAlchemyError) as error:
+            name = type(error).__name__
+            log.error("what was recorded last may not outlive a power cut (%s)", name)
+
+
+@contextmanager
+def _as_sqlalchemy_words_it() -> Iterator[None]:
+    """The driver's errors are those of the engine."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise DBAPIError.instance(None, None, error, sqlite3.Error) from None
