@@ -81,7 +81,7 @@ from httptrading.model import (
 log = logging.getLogger("httptrading.instance")
 
 WRITE_SECONDS = 0.1
-"""How much longer an answer may take for its record to be durable."""
+"""How much longer an answer may take for its record to be written."""
 
 ANSWER_GRACE = 0.1
 """Seconds a waiter stays beyond the deadline for the operation's own account of what happened."""
@@ -119,7 +119,7 @@ class Placement(Future[str]):
         self.request = request
         self.mark = ""
         self.call: Call | None = None
-        self.answer: str | HttpTradingError | None = None  # known; done when that is durable
+        self.answer: str | HttpTradingError | None = None  # known; done when that is recorded
         self.row_id: int | None = None  # None until it is in the journal
         self.created: datetime | None = None
 
@@ -544,7 +544,7 @@ class Instance:
     def _settle(
         self, key: str, placement: Placement, outcome: Outcome, answer: str | HttpTradingError
     ) -> None:
-        """Writes the outcome; when it is durable, those who wait for the order are answered."""
+        """Writes the outcome; when it is recorded, those who wait for the order are answered."""
         placement.answer = answer
 
         def resolve() -> None:

@@ -495,8 +495,8 @@ def test_durable_and_private(journal: Journal, path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_each_write_reaches_the_disk_before_it_counts(path: Path) -> None:
-    """strace would tell; here SQLite's own I/O is counted: as many syncs as transactions."""
+def test_each_write_outlives_the_process_before_it_counts(path: Path) -> None:
+    """What reaches the disk itself, and when, is the next two tests' affair."""
     with closing(Journal(f"sqlite:///{path}")) as journal:
         row_id = begin(journal)
         wal = path.with_name(path.name + "-wal")
