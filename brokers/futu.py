@@ -234,7 +234,7 @@ class Futu(BaseBroker):
     ) -> str:
         account = self._account(contract.region)
         american = contract.region == "US"
-        table = self._change(
+        order_id: str = self._change(
             "place",
             self._context.place_order,
             acc_id=account.acc_id,
@@ -248,7 +248,6 @@ class Futu(BaseBroker):
             fill_outside_rth=american and lifecycle is Lifecycle.ETH,
             remark=mark or None,
         )
-        order_id = str(table["order_id"][0])
         if not order_id:
             raise OutcomeUnknown("OpenD took the order and gave no order id")
         self._account_of[order_id] = account
@@ -363,8 +362,8 @@ class Futu(BaseBroker):
 
     # --- market -------------------------------------------------------------------------------
     def quote(self, contract: Contract) -> Quote:
-        table = self._ask(self._context.get_market_snapshot, [to_code(contract)])
-        rows = table.to_dict("records")
+        context = self._context
+        rows = self._ask(context.unpacked, context.get_market_snapshot, [to_code(contract)])
         if not rows or not rows[0]["update_time"]:
             raise Rejected(f"{self.broker_display} has no quote for {to_code(contract)}")
         return parse_quote(rows[0], contract)
@@ -401,10 +400,10 @@ class Futu(BaseBroker):
         self, function: Callable[..., Any], account: Account, **arguments: Any
     ) -> list[dict[str, Any]]:
         """The rows of one of the SDK's list queries."""
-        table = self._ask(
-            function, trd_env=self._given.trade_env, acc_id=account.acc_id, **arguments
+        environment = self._given.trade_env
+        rows: list[dict[str, Any]] = self._ask(
+            self._context.unpacked, function, trd_env=environment, acc_id=account.acc_id, **arguments
         )
-        rows: list[dict[str, Any]] = table.to_dict("records")
         return rows
 
     def _change(self, window: str, function: Callable[..., Any], **arguments: Any) -> Any:
@@ -412,13 +411,14 @@ class Futu(BaseBroker):
 
         The refusal proves that nothing was done, so this is no second order.
         """
+        arguments["trd_env"] = self._given.trade_env
         try:
-            return self._ask(function, changes=True, trd_env=self._given.trade_env, **arguments)
+            return self._ask(self._context.unpacked, function, changes=True, **arguments)
         except _Locked:
             self._unlock()
             self.take(window)
             time.sleep(self.windows[window].gap)
-            return self._ask(function, changes=True, trd_env=self._given.trade_env, **arguments)
+            return self._ask(self._context.unpacked, function, changes=True, **arguments)
 
     def _unlock(self) -> None:
         """Unlocking is a state of OpenD, for all its clients, until it restarts (unlock.html)."""
@@ -503,8 +503,13 @@ class Futu(BaseBroker):
             if acc_id in accounts and (fill := parse_fill(row)) is not None:
                 self.report_fills(fill)
 
-        self._context.set_handler(futu_sdk.row_handler(sdk.TradeOrderHandlerBase, on_order))
-        self._context.set_handler(futu_sdk.row_handler(sdk.TradeDealHandlerBase, on_fill))
+        orders, fills = sdk.TradeOrderHandlerBase, sdk.TradeDealHandlerBase
+        pushed = sdk.trade.trade_query
+        for handler in (
+            futu_sdk.row_handler(orders, pushed.UpdateOrderPush, on_order),
+            futu_sdk.row_handler(fills, pushed.UpdateDealPush, on_fill),
+        ):
+            self._context.set_handler(handler)
 
 
 @broker_register("moomoo", "moomoo")

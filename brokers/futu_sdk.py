@@ -4,7 +4,8 @@ What the SDK does otherwise (futu-api 10.11, paths below `futu/`): its construct
 (common/open_context_base.py:92), it reconnects by itself after 6 s, its import takes over SIGINT
 (`__init__.py`:132) and logs below `$HOME` and to stdout (common/ft_logger.py:71), every trade call
 first asks for the account list and placing is followed by up to three order queries
-(trade/open_trade_context.py:247,623), and errors are mere texts.
+(trade/open_trade_context.py:247,623), each answer of one row is made a pandas table of up to 120
+columns, which holds the interpreter for 5 to 20 ms, and errors are mere texts.
 """
 
 from __future__ import annotations
@@ -32,6 +33,16 @@ SILENT_SECONDS = 20.0
 
 NOT_SENT = {"Connect timeout", "Connection closed", "Context status bad"}
 """The SDK's texts that mean that no request left it (open_context_base.py:293-305)."""
+
+
+
+class _Unpacked(Exception):
+    """Leaves a function of the SDK with what it got, before it does more with that."""
+
+    def __init__(self, found: Any) -> None:
+        super().__init__()
+        self.found = found
+
 
 _importing = threading.Lock()
 _key_of: dict[str, str] = {}  # SDK package → the key file its process-wide settings hold
@@ -118,10 +129,22 @@ def open_context(
         live = False  # the constructor has succeeded
         closing = False
         _accounts: Any = None
-        _placing = False
+        _checked: dict[tuple[str, int], Any]  # (environment, account) → what the SDK made of it
+        _leaves = False
 
         def begin(self) -> None:
             self.packed, self.answer = False, None
+
+        def unpacked(self, function: Callable[..., Any], *args: Any, **values: Any) -> Any:
+            """`function` of this context, left as soon as OpenD's answer is unpacked: its rows, or
+            the id of an order placed. What the SDK would do after that are tables and queries."""
+            self._leaves = True
+            try:
+                return function(*args, **values)
+            except _Unpacked as answer:
+                return 0, answer.found
+            finally:
+                self._leaves = False
 
         def _get_sync_query_processor(self, pack_func: Any, unpack_func: Any) -> Any:
             def pack(**values: Any) -> Any:
@@ -133,7 +156,15 @@ def open_context(
                 self.answer = (response.retType, response.retMsg)
                 return unpack_func(response)
 
-            return super()._get_sync_query_processor(pack, unpack)
+            ask = super()._get_sync_query_processor(pack, unpack)
+
+            def asked(**values: Any) -> Any:
+                ret, words, found = ask(**values)
+                if ret == 0 and self._leaves:
+                    raise _Unpacked(found)
+                return ret, words, found
+
+            return asked
 
         def get_acc_list(self) -> Any:
             """Asked once: the SDK wants it before every trade call."""
@@ -142,19 +173,14 @@ def open_context(
         def keep_accounts(self) -> Any:
             ret, table = super().get_acc_list()
             self._accounts = table if ret == 0 else None
+            self._checked = {}
             return ret, table
 
-        def place_order(self, *args: Any, **values: Any) -> Any:
-            self._placing = True
-            try:
-                return super().place_order(*args, **values)
-            finally:
-                self._placing = False
-
-        def _order_list_query_impl(self, *args: Any, **values: Any) -> Any:
-            if self._placing:  # the three queries after placing
-                return 0, [{"order_id": values.get("order_id", args[0] if args else "")}]
-            return super()._order_list_query_impl(*args, **values)
+        def _check_acc_id_exist(self, trd_env: str, acc_id: int) -> Any:
+            """Looked up once: the SDK searches its table before every trade call."""
+            if (trd_env, acc_id) not in self._checked:
+                self._checked[trd_env, acc_id] = super()._check_acc_id_exist(trd_env, acc_id)
+            return self._checked[trd_env, acc_id]
 
         def on_recv(self, conn_id: int, data: bytes) -> None:
             super().on_recv(conn_id, data)
@@ -188,15 +214,16 @@ def open_context(
     return context
 
 
-def row_handler(base: type, on_row: Callable[[dict[str, Any], int], None]) -> Any:
-    """A handler for the SDK's push class `base`: gets the row and the account's id."""
+def row_handler(base: type, push: Any, on_row: Callable[[dict[str, Any], int], None]) -> Any:
+    """A handler for the SDK's push class `base`: gets the row that `push` unpacks, and the
+    account's id."""
 
     class Handler(base):  # type: ignore[misc]
         def on_recv_rsp(self, rsp_pb: Any) -> Any:
-            ret, table = super().on_recv_rsp(rsp_pb)
+            ret, row = push.unpack_rsp(rsp_pb)
             if ret == 0:
-                on_row(table.to_dict("records")[0], rsp_pb.s2c.header.accID)
-            return ret, table
+                on_row(row, rsp_pb.s2c.header.accID)
+            return ret, row
 
     return Handler()
 

@@ -447,8 +447,8 @@ class Tiger(BaseBroker):
         return brief
 
     def _ask_brief(self, symbol: str) -> Mapping[str, Any] | None:
-        briefs = self._read(lambda: self._quotes.get_stock_briefs([symbol]))
-        rows: list[dict[str, Any]] = [] if briefs is None else briefs.to_dict("records")
+        briefs = self._read(lambda: self._quotes.real_time(symbol))
+        rows = [one for one in briefs if isinstance(one, dict)] if isinstance(briefs, list) else []
         return next((row for row in rows if str(row.get("symbol")) == symbol), None)
 
     def market_status(self) -> dict[str, dict[str, MarketStatus]]:

@@ -266,7 +266,12 @@ def rate_limited(words: str = "") -> RateLimited:
 def make_clients(who: Credentials) -> tuple[Any, Any, Transport]:
     """The SDK's trade and quote client on one transport. Imports the SDK; sends nothing."""
     from tigeropen import tiger_open_config
+    from tigeropen.common.consts.service_types import QUOTE_REAL_TIME
+    from tigeropen.common.exceptions import ApiException
+    from tigeropen.common.request import OpenApiRequest
+    from tigeropen.common.response import TigerResponse
     from tigeropen.quote.quote_client import QuoteClient
+    from tigeropen.quote.request.model import MultipleQuoteParams
     from tigeropen.tiger_open_client import TigerOpenClient
     from tigeropen.trade.trade_client import TradeClient
 
@@ -289,6 +294,21 @@ def make_clients(who: Credentials) -> tuple[Any, Any, Transport]:
         def _TigerOpenClientConfig__get_device_id(self) -> str:  # else it may run `arp`
             return ""
 
+    class Quotes(QuoteClient):  # type: ignore[misc]
+        def real_time(self, symbol: str) -> Any:
+            """The items of `get_stock_briefs`, of which the SDK would make a pandas table: that
+            holds the interpreter longer than all else of the request."""
+            params = MultipleQuoteParams()
+            params.symbols, params.include_hour_trading = [symbol], False
+            params.lang = config.language.value
+            answer = TigerResponse()
+            answer.parse_response_content(
+                self.execute(OpenApiRequest(QUOTE_REAL_TIME, biz_model=params))
+            )
+            if not answer.is_success():
+                raise ApiException(answer.code, answer.message)
+            return answer.data
+
     config = Config(enable_dynamic_domain=False, props_path="")
     config.tiger_id, config.account = who.tiger_id, who.account
     config.private_key, config.secret_key = who.private_key, who.secret_key
@@ -301,7 +321,7 @@ def make_clients(who: Credentials) -> tuple[Any, Any, Transport]:
     transport = Transport(config.server_url, config.tiger_public_key)
     clients = (
         TradeClient(config, logger=QUIET),
-        QuoteClient(config, logger=QUIET, is_grab_permission=False),
+        Quotes(config, logger=QUIET, is_grab_permission=False),
     )
     for client in clients:
         setattr(client, hook, transport)

@@ -225,8 +225,8 @@ def parse_fill(transaction: Any) -> Fill:
 
 
 def parse_quote(contract: Contract, brief: Mapping[str, Any]) -> Quote | None:
-    """One row of `get_stock_briefs`; None when there is no price or no time in it."""
-    latest, time = number(brief.get("latest_price")), moment(brief.get("latest_time"))
+    """One item of quote_real_time; None when there is no price or no time in it."""
+    latest, time = number(brief.get("latestPrice")), moment(brief.get("latestTime"))
     if latest is None or time is None:
         return None
     return Quote(
@@ -234,7 +234,7 @@ def parse_quote(contract: Contract, brief: Mapping[str, Any]) -> Quote | None:
         currency=CURRENCIES[contract.region],
         is_tradable=brief.get("status") in (None, "", "NORMAL"),
         latest=latest,
-        pre_close=number(brief.get("pre_close")) or 0,
+        pre_close=number(brief.get("preClose")) or 0,
         open_price=number(brief.get("open")) or 0,
         high_price=number(brief.get("high")) or 0,
         low_price=number(brief.get("low")) or 0,

@@ -593,14 +593,14 @@ def test_a_quote_without_a_price(quotes: Any, exchange: Exchange) -> None:
     with pytest.raises((Rejected, BrokerUnavailable)):
         quotes.quote(contract())
     brief = {
-        "latest_price": 5.5,
-        "latest_time": 1754942400000,
+        "latestPrice": 5.5,
+        "latestTime": 1754942400000,
         "open": float("nan"),
         "status": None,
     }
     quote = mapping.parse_quote(contract(), brief)
     assert quote is not None and (quote.open_price, quote.is_tradable) == (0, True)
-    assert mapping.parse_quote(contract(), brief | {"latest_price": float("nan")}) is None
+    assert mapping.parse_quote(contract(), brief | {"latestPrice": float("nan")}) is None
 
 
 @pytest.mark.parametrize(
