@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 
 from bench.load import Connection, paced, prepare
 
 CLIENTS, PER_SECOND = 4, 12.5
 """Of each instance, and of each client; none of them waits longer than a second for an answer."""
+
+APART = 0.005
+"""Seconds between one client's requests and the next one's: strangers do not ask in step."""
 
 
 def main() -> None:
@@ -31,6 +35,7 @@ def main() -> None:
                 target=paced,
                 args=(lambda _, c=connection, r=request: c.ask(r), PER_SECOND, 3600.0),
             ).start()
+            time.sleep(APART)
     print("asking", flush=True)
 
 

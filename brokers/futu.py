@@ -400,10 +400,8 @@ class Futu(BaseBroker):
         self, function: Callable[..., Any], account: Account, **arguments: Any
     ) -> list[dict[str, Any]]:
         """The rows of one of the SDK's list queries."""
-        environment = self._given.trade_env
-        rows: list[dict[str, Any]] = self._ask(
-            self._context.unpacked, function, trd_env=environment, acc_id=account.acc_id, **arguments
-        )
+        arguments |= {"trd_env": self._given.trade_env, "acc_id": account.acc_id}
+        rows: list[dict[str, Any]] = self._ask(self._context.unpacked, function, **arguments)
         return rows
 
     def _change(self, window: str, function: Callable[..., Any], **arguments: Any) -> Any:

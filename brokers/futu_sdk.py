@@ -35,7 +35,6 @@ NOT_SENT = {"Connect timeout", "Connection closed", "Context status bad"}
 """The SDK's texts that mean that no request left it (open_context_base.py:293-305)."""
 
 
-
 class _Unpacked(Exception):
     """Leaves a function of the SDK with what it got, before it does more with that."""
 
