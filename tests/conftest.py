@@ -1,6 +1,9 @@
-"""Options of the long-running tests, and what holds for all property tests."""
+"""Options of the long-running tests, what holds for all property tests, and the count of tables."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -16,3 +19,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--orders", type=int, default=200, help="orders of the kill test")
     parser.addoption("--minutes", type=float, default=1.0, help="length of the soak")
     parser.addoption("--seed", type=int, default=0, help="repeats a run's random choices")
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[object]]:
+    """From its call on, the list that every pandas table made is added to. SDKs make one of each
+    answer, which stops all threads of the process for longer than the request takes."""
+    import pandas
+
+    def count() -> list[object]:
+        made: list[object] = []
+        make = pandas.DataFrame.__init__
+
+        def counted(self: object, *args: Any, **arguments: Any) -> None:
+            made.append(type(self))
+            make(self, *args, **arguments)
+
+        monkeypatch.setattr(pandas.DataFrame, "__init__", counted)
+        pandas.DataFrame([1])
+        assert made, "tables are counted"
+        made.clear()
+        return made
+
+    return count

@@ -552,6 +552,28 @@ def test_quotes_of_three_markets(connect: Callable[..., Futu], exchange: Exchang
     assert broker.market_status()["securities"]["HK"].origin_status == "MORNING"
 
 
+def test_no_answer_becomes_a_table(
+    connect: Callable[..., Futu], exchange: Exchange, tables: Callable[[], list[object]]
+) -> None:
+    broker, quotes = connect(), connect(connection="quote")
+    exchange.quote("US", "AAPL", latest=Decimal("227.18"))
+    place(broker)  # the account is looked up in the SDK's own table once
+    made = tables()
+    order_id = place(broker)
+    broker.order(order_id)
+    broker.cash("USD")
+    broker.positions()
+    quotes.quote(AAPL)
+    broker.cancel_order(order_id)
+    told(broker).wait_for(
+        lambda: any(
+            report.order.order_id == order_id and report.order.is_canceled
+            for report in told(broker).reports
+        )
+    )
+    assert not made
+
+
 def test_a_quote_connection_has_no_trading_connection(
     connect: Callable[..., Futu], exchange: Exchange
 ) -> None:

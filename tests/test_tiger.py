@@ -588,6 +588,15 @@ def test_grabbing_keeps_its_limit(quotes: Any, gateway: TigerGateway, exchange: 
     assert len(exchange.received("grab")) == 10
 
 
+def test_a_quote_becomes_no_table(
+    quotes: Any, exchange: Exchange, tables: Callable[[], list[object]]
+) -> None:
+    exchange.quote("US", "AAPL", latest=Decimal("227.18"))
+    made = tables()
+    assert quotes.quote(contract()).latest == Decimal("227.18")
+    assert not made
+
+
 def test_a_quote_without_a_price(quotes: Any, exchange: Exchange) -> None:
     exchange.quote("US", "AAPL", latest=Decimal("NaN"))
     with pytest.raises((Rejected, BrokerUnavailable)):
