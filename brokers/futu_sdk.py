@@ -118,6 +118,11 @@ def open_context(
     `keep` gets the context before it connects, so that another thread can close it. `lost` is
     called once when an open connection ends by itself.
     """
+    if not hasattr(base, "_get_sync_query_processor"):
+        raise BrokerUnavailable(
+            "This version of the SDK is not known to send an order only once: "
+            "pip install 'futu-api>=10.4,<10.12' (or moomoo-api)"
+        )
 
     class Context(base):  # type: ignore[misc]
         """One attempt, one connection, one wire request per call, and what became of it."""

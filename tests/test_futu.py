@@ -574,6 +574,11 @@ def test_no_answer_becomes_a_table(
     assert not made
 
 
+def test_an_sdk_made_differently_is_not_trusted_with_orders() -> None:
+    with pytest.raises(BrokerUnavailable, match="only once"):
+        futu_sdk.open_context(object, lambda reason: None, lambda context: None)
+
+
 def test_a_quote_connection_has_no_trading_connection(
     connect: Callable[..., Futu], exchange: Exchange
 ) -> None:
