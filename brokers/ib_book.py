@@ -101,6 +101,33 @@ def to_contract(wire: Any) -> Contract | None:
     return Contract(TradeType.Securities, to_ticker(region, wire.symbol), region)
 
 
+class Executions:
+    """An order's executions. Their sums are kept: each of its messages asks for them, and a large
+    order has many."""
+
+    def __init__(self) -> None:
+        self._fills: dict[str, Fill] = {}  # by the execution's id without its revision
+        self.shares = self.paid = Decimal(0)
+
+    def add(self, fill: Fill) -> None:
+        """A correction repeats an execution under a higher revision, the last part of its id."""
+        key = fill.fill_id.rpartition(".")[0] or fill.fill_id
+        before = self._fills.get(key)
+        if before is not None:
+            if before.fill_id > fill.fill_id:
+                return
+            self._count(before, -1)
+        self._fills[key] = fill
+        self._count(fill, 1)
+
+    def _count(self, fill: Fill, times: int) -> None:
+        self.shares += times * exact(fill.qty)
+        self.paid += times * exact(fill.qty) * exact(fill.price)
+
+    def in_order(self) -> list[Fill]:
+        return sorted(self._fills.values(), key=lambda fill: fill.time)
+
+
 @dataclass
 class BookedOrder:
     """One order as TWS tells it. `api_id` and `client_id` are 0 where TWS does not say them."""
@@ -121,7 +148,7 @@ class BookedOrder:
     is_rejected: bool = False  # by error 201, which is the end whatever the status word
     has_worked: bool = False
     is_completed: bool = False  # listed by reqCompletedOrders
-    fills: dict[str, Fill] = field(default_factory=dict)  # by execution, without its revision
+    executions: Executions = field(default_factory=Executions)
 
     @property
     def is_described(self) -> bool:
@@ -131,7 +158,7 @@ class BookedOrder:
     @property
     def filled_qty(self) -> Decimal:
         """Status, executions and the completed list each know a part; none ever too much."""
-        return max(self.filled, sum((exact(fill.qty) for fill in self.fills.values()), Decimal(0)))
+        return max(self.filled, self.executions.shares)
 
     @property
     def avg_price(self) -> Decimal:
@@ -139,13 +166,12 @@ class BookedOrder:
 
         `Execution.avgPrice` is cumulative per execution and no average of anything.
         """
-        shares = sum((exact(fill.qty) for fill in self.fills.values()), Decimal(0))
+        shares = self.executions.shares
         if self.filled and self.filled >= shares and self.average:
             return self.average
         if not shares:
             return Decimal(0)
-        paid = sum((exact(f.qty) * exact(f.price) for f in self.fills.values()), Decimal(0))
-        return paid / shares
+        return self.executions.paid / shares
 
     @property
     def qty(self) -> Decimal:
@@ -213,7 +239,7 @@ class OrderBook:
         self._client_id = client_id
         self._by_perm: dict[int, BookedOrder] = {}
         self._by_api: dict[tuple[int, int], BookedOrder] = {}
-        self._early_fills: dict[int, dict[str, Fill]] = {}  # executions before their order
+        self._early: dict[int, Executions] = {}  # executions before their order
 
     def get(self, perm_id: int) -> BookedOrder | None:
         return self._by_perm.get(perm_id)
@@ -225,8 +251,8 @@ class OrderBook:
 
     def fills(self, perm_id: int) -> list[Fill]:
         booked = self._by_perm.get(perm_id)
-        known = booked.fills if booked is not None else self._early_fills.get(perm_id, {})
-        return sorted(known.values(), key=lambda fill: fill.time)
+        known = booked.executions if booked is not None else self._early.get(perm_id)
+        return [] if known is None else known.in_order()
 
     def _booked(self, client_id: int, api_id: int, perm_id: int) -> BookedOrder:
         booked = self._by_perm.get(perm_id) if perm_id else None
@@ -237,7 +263,7 @@ class OrderBook:
         if perm_id:
             booked.perm_id = perm_id
             self._by_perm[perm_id] = booked
-            booked.fills.update(self._early_fills.pop(perm_id, {}))
+            booked.executions = self._early.pop(perm_id, booked.executions)
         if api_id > 0:
             booked.client_id, booked.api_id = client_id, api_id
             self._by_api[client_id, api_id] = booked
@@ -280,8 +306,6 @@ class OrderBook:
         return booked
 
     def execution(self, execution: Any) -> tuple[BookedOrder | None, Fill]:
-        """Corrections repeat an execution under a higher revision, the last part of its id."""
-        key, _, _ = execution.execId.rpartition(".")
         fill = Fill(
             fill_id=execution.execId,
             order_id=str(execution.permId),
@@ -290,10 +314,10 @@ class OrderBook:
             time=_aware(execution.time),
         )
         booked = self._by_perm.get(execution.permId)
-        known = booked.fills if booked else self._early_fills.setdefault(execution.permId, {})
-        before = known.get(key or execution.execId)
-        if before is None or before.fill_id <= fill.fill_id:
-            known[key or execution.execId] = fill
+        if booked is not None:
+            booked.executions.add(fill)
+        else:
+            self._early.setdefault(execution.permId, Executions()).add(fill)
         return booked, fill
 
     def error(self, api_id: int, code: int, text: str) -> BookedOrder | None:

@@ -132,12 +132,14 @@ class TwsSession:
         ib.wrapper.clientId = self.client_id
         for name, ear in (
             ("openOrder", self._on_open_order),
-            ("orderStatus", self._on_order_status),
             ("completedOrder", self._on_completed_order),
             ("execDetails", self._on_execution),
             ("error", self._on_error),
         ):
             setattr(ib.wrapper, name, self._first(ear, getattr(ib.wrapper, name)))
+        # The SDKs write the order with all its fills so far into a line for the log, with each
+        # status (wrapper.py, orderStatus): the loop would stand still under a large order's fills.
+        ib.wrapper.orderStatus = self._first(self._on_order_status, lambda *_: None)
         for name, take in (
             ("priceSizeTick", Ticks.price),
             ("tickString", Ticks.string),

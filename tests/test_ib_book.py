@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from httptrading.brokers.ib_answers import Ticks, ledger, refusal
 from httptrading.brokers.ib_book import (
     BookedOrder,
+    Executions,
     OrderBook,
     exact,
     region_of,
@@ -22,7 +23,7 @@ from httptrading.brokers.ib_book import (
     to_ticker,
 )
 from httptrading.errors import RateLimited, Rejected, Unsupported
-from httptrading.model import Contract, Lifecycle, OrderType, TimeInForce, TradeType
+from httptrading.model import Contract, Fill, Lifecycle, OrderType, TimeInForce, TradeType
 
 UNSET = 1.7976931348623157e308
 PERM_ID = 1845203701
@@ -345,3 +346,21 @@ def test_a_quote_without_price_or_time_is_refused() -> None:
     ticks.kind(3)
     with pytest.raises(Rejected, match="no time"):
         ticks.quote(APPLE, "USD", NOW)
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 9)), max_size=12))
+def test_sums_of_executions(told: list[tuple[int, int, int]]) -> None:
+    """In any order and repeated: each execution counts once, with its highest revision."""
+    executions, newest = Executions(), dict[int, tuple[int, int]]()
+    now = datetime.now(UTC)
+    for number, revision, qty in told:
+        executions.add(
+            Fill(f"x.{number}.0{revision}", "1", Decimal(qty), Decimal("0.1") * revision, now)
+        )
+        if revision >= newest.get(number, (0, 0))[0]:
+            newest[number] = revision, qty
+    assert executions.shares == sum(qty for _, qty in newest.values())
+    assert executions.paid == sum(
+        qty * Decimal("0.1") * revision for revision, qty in newest.values()
+    )
+    assert len(executions.in_order()) == len(newest)

@@ -736,3 +736,25 @@ def test_combinations_refused_by_the_prototype() -> None:
 def test_bad_arguments(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=name):
         InteractiveBrokers({name: value})
+
+
+def test_a_fill_costs_no_account_of_all_fills_before(
+    trader: Trader, exchange: Exchange, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The SDKs write an order and every fill it had into a log line that nobody reads, with each
+    status: a large order's fills then take longer and longer, and with them all else."""
+    order_id = trader.placed(limit(qty=30))
+    sdk = ib_session.load_sdk()
+    written: list[str] = []
+    write = sdk.Trade.__repr__
+
+    def counted(trade: Any) -> str:
+        written.append("")
+        return str(write(trade))
+
+    monkeypatch.setattr(sdk.Trade, "__repr__", counted)
+    assert str(sdk.Trade()) and written.pop() == "", "the lines are counted"
+    for _ in range(20):
+        exchange.fill(order_id, 1, "12.30")
+    wait_for(lambda: trader.order(order_id)["filledQty"] == 20, "all fills")
+    assert written == []
