@@ -10,6 +10,7 @@ import ctypes
 import logging
 import os
 import pickle
+import select
 import signal
 import sys
 import threading
@@ -104,10 +105,12 @@ async def _serve(pipe: Connection, link: _ParentLink, broker: LocalBroker) -> No
     loop = asyncio.get_running_loop()
     readable = asyncio.Event()
     loop.add_reader(pipe.fileno(), readable.set)
+    incoming = select.poll()  # Connection.poll() makes a selector each time
+    incoming.register(pipe.fileno(), select.POLLIN)
     while True:
         await readable.wait()
         readable.clear()
-        while pipe.poll():
+        while incoming.poll(0):
             message = pickle.loads(pipe.recv_bytes())
             try:
                 value: Any = None

@@ -217,11 +217,10 @@ class ChildBroker:
             raise _ChildGone("its connection is closed") from None
 
     def _on_readable(self) -> None:
+        """Takes one message; the loop calls again while there is more."""
         assert self._pipe is not None
         try:
-            while self._pipe is not None and self._pipe.poll():
-                message = pickle.loads(self._pipe.recv_bytes(LARGEST_MESSAGE))
-                self._take(message)
+            self._take(pickle.loads(self._pipe.recv_bytes(LARGEST_MESSAGE)))
         except _ChildGone:
             pass
         except (EOFError, OSError):
