@@ -26,7 +26,7 @@ import psutil
 
 from bench import journal
 from bench.load import Connection, p50, p99, paced, prepare, together
-from bench.peers import directly, simulators
+from bench.peers import FILLED_SLOWLY, FILLS_PER_SECOND, directly, simulators
 from httptrading.brokers.base import BaseBroker
 from httptrading.brokers.registry import broker_class
 from simulators.fleet import ROOT, Service, free_port
@@ -344,16 +344,26 @@ def neighbours(fleet: list[Mapping[str, Any]]) -> Iterator[Row]:
                 for each in waiting:
                     each.close()
         yield beside(f"{trouble}, with 16 requests waiting for them", during)
-    with service([PAPER, *fleet]) as running:
-        for instance in fleet:
-            wait_connected(running, instance)
-        time.sleep(8.0)
+    with all_connected(fleet) as running:
         with flood(running, fleet):
             # At first their windows let a burst through, which the SDKs work off in our process.
             begins, goes_on = papers_cash(running), papers_cash(running)
     flooded = "flooded: 16 clients ask for 200 quotes a second"
     yield beside(f"{flooded}, the first {SECONDS:g} s", begins)
     yield beside(f"{flooded}, far beyond their windows", goes_on)
+    with all_connected(fleet) as running:
+        with pushes(running, fleet):
+            told = papers_cash(running)
+    yield beside(f"flooding us: each tells {FILLS_PER_SECOND} fills a second", told)
+
+
+@contextmanager
+def all_connected(fleet: list[Mapping[str, Any]]) -> Iterator[Service]:
+    with service([PAPER, *fleet]) as running:
+        for instance in fleet:
+            wait_connected(running, instance)
+        time.sleep(8.0)
+        yield running
 
 
 def beside(trouble: str, during: list[float]) -> Row:
@@ -383,6 +393,27 @@ def flood(running: Service, fleet: list[Mapping[str, Any]]) -> Iterator[None]:
     finally:
         process.kill()
         process.communicate()
+
+
+@contextmanager
+def pushes(running: Service, fleet: list[Mapping[str, Any]]) -> Iterator[None]:
+    """Each broker has an order that it fills one share at a time, and tells each fill."""
+    connection = Connection(running.port)
+    filled = []
+    for instance in fleet:
+        slow = order(0, "filled-slowly") | {"qty": FILLED_SLOWLY}
+        status, found = connection.ask(request_of(instance, "POST", "order/place", slow))
+        assert status == 200, found
+        filled.append((instance, json.loads(found)["orderId"]))
+    yield
+    for instance, order_id in filled:
+        status, found = connection.ask(
+            request_of(instance, "GET", f"order/state?orderId={order_id}")
+        )
+        assert status == 200 and json.loads(found)["order"]["filledQty"] > FILLS_PER_SECOND, found
+        cancel = request_of(instance, "POST", "order/cancel", {"orderId": order_id})
+        assert connection.ask(cancel)[0] == 200
+    connection.close()
 
 
 def papers_cash(running: Service) -> list[float]:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from bench.load import paced
-from httptrading.brokers.local import LocalBroker
-from httptrading.brokers.registry import broker_class
-from httptrading.model import Contract, Lifecycle, OrderType, TimeInForce, TradeType
+from bench.sdks import SDKS, Calls
+from simulators.exchange import Exchange
 from simulators.fleet import ROOT, fleet, instances_of
 
-CONTRACT = Contract(TradeType.Securities, "AAPL", "US")
-SECONDS = 20.0
+FILLED_SLOWLY, FILLS_PER_SECOND = 9_999, 50
+"""An order of so many shares is a flood of pushes: until it is cancelled, or filled."""
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def _running(what: str) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen(
         [sys.executable, "-m", "bench.peers", what],
         cwd=ROOT,
-        env={**_environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -58,113 +58,55 @@ def _running(what: str) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def _environment() -> dict[str, str]:
-    import os
-
-    return dict(os.environ)
-
-
 def _serve_simulators() -> None:
     with tempfile.TemporaryDirectory() as folder, fleet(Path(folder)) as members:
         for member in members.values():
             member.exchange.quote("US", "AAPL", latest=Decimal("227.18"))
         members["tiger"].simulator.enforce_limits = False  # the SDK is also measured beyond them
+        exchanges = [member.exchange for member in members.values()]
+        threading.Thread(target=_fill_slowly, args=(exchanges,), daemon=True).start()
         print(json.dumps(instances_of(members)), flush=True)
         sys.stdin.readline()
+
+
+def _fill_slowly(exchanges: list[Exchange]) -> None:
+    """Orders of FILLED_SLOWLY shares, one share at a time."""
+    while True:
+        time.sleep(1 / FILLS_PER_SECOND)
+        for exchange in exchanges:
+            for order in list(exchange.orders.values()):
+                if order.qty == FILLED_SLOWLY and not order.status.is_final:
+                    exchange.fill(order.order_id, 1, "100")
 
 
 def _measure_directly() -> None:
     question = json.loads(sys.stdin.readline())
     instance = question["instance"]
-    kind = broker_class(instance["broker"])
-    args = dict(instance["args"])
-    if "client_id" in args:
-        args["client_id"] += 1
-    with tempfile.TemporaryDirectory() as folder:
-        runner = _Direct(kind(args, instance["id"], []), Path(folder))
-        found = asyncio.run(runner.measure(question["what"], question["arguments"]))
+    calls = SDKS[instance["broker"]](instance["args"])
+    time.sleep(1.0)  # what the SDKs do in the background after connecting
+    found = {"latencies": latencies, "burst": burst}[question["what"]](
+        calls, **question["arguments"]
+    )
     print("\n" + json.dumps(found), flush=True)
-    import os
-
     os._exit(0)  # SDK threads would hold the process
 
 
-class _Direct:
-    """An adapter's SDK without the gateway: no queue, no journal, no HTTP."""
+def latencies(calls: Calls, per_second: float, seconds: float) -> dict[str, list[float]]:
+    """Operation → seconds each call took, at a steady pace."""
+    return {name: paced(call, per_second, seconds) for name, call in calls.items()}
 
-    def __init__(self, prototype: Any, folder: Path) -> None:
-        self._sides = {
-            name: LocalBroker(prototype, name, folder / name, None)
-            for name in prototype.connections
-        }
-        self._side_of = {
-            operation: self._sides[name]
-            for name, operations in prototype.connections.items()
-            for operation in operations
-        }
-        for name in self._sides:
-            (folder / name).mkdir()
 
-    async def measure(self, what: str, arguments: Mapping[str, Any]) -> Any:
-        for side in self._sides.values():
-            await side.open(SECONDS)
-        await asyncio.sleep(1.0)  # what the SDKs do in the background after connecting
-        return await getattr(self, what)(**arguments)
-
-    async def call(self, operation: str, **arguments: Any) -> Any:
-        return await self._side_of[operation].run(operation, arguments, SECONDS)
-
-    async def place(self, number: int) -> Any:
-        return await self.call(
-            "place_order",
-            contract=CONTRACT,
-            order_type=OrderType.Limit,
-            time_in_force=TimeInForce.DAY,
-            lifecycle=Lifecycle.RTH,
-            direction="BUY",
-            qty=1,
-            price=float(Decimal(10000 + number) / 100),
-            client_order_id=f"direct-{time.time_ns()}",
-            mark=f"d{time.time_ns()}",
-        )
-
-    async def latencies(self, per_second: float, seconds: float) -> dict[str, list[float]]:
-        """Operation → seconds each call took, at a steady pace."""
-        order_id = await self.place(0)
-        calls: dict[str, Callable[[int], Any]] = {
-            "ping": lambda number: self.call("ping"),
-            "cash": lambda number: self.call("cash", currency="USD"),
-            "positions": lambda number: self.call("positions"),
-            "quote": lambda number: self.call("quote", contract=CONTRACT),
-            "order": lambda number: self.call("order", order_id=order_id),
-            "place_order": self.place,
-        }
-        found = {}
-        for name, call in calls.items():
-            took = []
-            start = time.perf_counter()
-            for number in range(int(per_second * seconds)):
-                await asyncio.sleep(max(0.0, start + number / per_second - time.perf_counter()))
-                began = time.perf_counter()
-                await call(number)
-                took.append(time.perf_counter() - began)
-            found[name] = took
-        return found
-
-    async def burst(self, orders: int, gap: float) -> float:
-        """Seconds for so many orders, each at least `gap` after the one before."""
-        await self.place(0)
-        await asyncio.sleep(max(gap, 0.1))
-        began = last = time.perf_counter()
-        for number in range(orders):
-            if number:
-                await asyncio.sleep(max(0.0, last + gap - time.perf_counter()))
-            last = time.perf_counter()
-            await self.place(number + 1)
-        return time.perf_counter() - began
+def burst(calls: Calls, orders: int, gap: float) -> float:
+    """Seconds for so many orders, each at least `gap` after the one before."""
+    place = calls["place_order"]
+    began = last = time.perf_counter()
+    for number in range(orders):
+        if number:
+            time.sleep(max(0.0, last + gap - time.perf_counter()))
+        last = time.perf_counter()
+        place(number + 1)
+    return time.perf_counter() - began
 
 
 if __name__ == "__main__":
     {"simulators": _serve_simulators, "direct": _measure_directly}[sys.argv[1]]()
-
-__all__ = ["directly", "paced", "simulators"]
