@@ -98,6 +98,10 @@ class Ask:
     def query(self, schema: type[Schema], kind: type[_Loaded]) -> _Loaded:
         return _of_kind(_load_query(schema, tuple(self.request.args.items(multi=True))), kind)
 
+    @property
+    def has_body(self) -> bool:
+        return bool(self.request.content_length) or "Transfer-Encoding" in self.request.headers
+
     def body(self, schema: type[Schema], kind: type[_Loaded]) -> _Loaded:
         """The JSON body, loaded; every bad field is named."""
         mimetype = self.request.mimetype

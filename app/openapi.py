@@ -79,7 +79,7 @@ def openapi_document(settings: Settings, url_prefix: str) -> Json:
     for node in _NODES:
         if _component_name(node) not in spec.components.schemas:  # else it was nested in another
             spec.components.schema(_component_name(node), schema=node)
-    for body in (request.PlaceOrder, request.CancelOrder):
+    for body in (request.PlaceOrder, request.CancelOrder, request.CancelAll):
         spec.components.schema(_component_name(body), schema=body)
     schemas: Json = spec.components.schemas
     for node in _NODES:
@@ -189,6 +189,7 @@ def _complete_bodies(schemas: Json) -> None:
     # One of the two; client generators understand it better than a oneOf of nothing but "required".
     cancel |= {"minProperties": 1, "maxProperties": 1}
     cancel["examples"] = [{"orderId": "69788888"}]
+    schemas["CancelAll"] |= {"additionalProperties": False, "examples": [{}]}
 
 
 _TICKER = (
@@ -380,9 +381,10 @@ def _responses() -> Json:
         }
     found["OrderNotFound"] = {
         "description": f"{_WORDS[404]} With the envelope: no such order. ORDER_NOT_FOUND",
+        # JSON first: client generators take the first kind for the only one.
         "content": {
-            **found["404"]["content"],
             "application/json": {"schema": _ref("ErrorAnswer")},
+            **found["404"]["content"],
         },
     }
     return found
@@ -414,7 +416,7 @@ def _add_paths(spec: APISpec, prefix: str) -> None:
         if body is not None:
             statuses += [413, 415]
             operation["requestBody"] = {
-                "required": True,
+                "required": body is not request.CancelAll,
                 "content": {"application/json": {"schema": _ref(_component_name(body))}},
             }
         if path == "order/place":
@@ -512,6 +514,7 @@ def _add_paths(spec: APISpec, prefix: str) -> None:
         "order/cancel-all",
         "Asks for the cancellation of every open order",
         {"orders": _list("Cancellation")},
+        body=request.CancelAll,
     )
     route(
         "get",

@@ -9,6 +9,7 @@ from httptrading.brokers.journal import OrderRequest
 from httptrading.errors import InvalidRequest
 from httptrading.schemas.fields import client_order_id
 from httptrading.schemas.request import (
+    CancelAll,
     CancelOrder,
     FillsQuery,
     ListQuery,
@@ -74,6 +75,8 @@ def cancel(ask: Ask) -> dict[str, Any]:
 
 
 def cancel_all(ask: Ask) -> dict[str, Any]:
+    if ask.has_body:
+        ask.body(CancelAll, dict)
     return {
         "orders": [
             {

@@ -125,7 +125,7 @@ class BaseBroker:
     the GIL or whose dependencies conflict)."""
 
     sdk: ClassVar[str] = ""
-    """How to install what `connect()` imports, e.g. `httptrading[futu]`; for the error message."""
+    """What to install for `connect()`'s imports, e.g. `futu-api`; for the error message."""
 
     windows: ClassVar[Mapping[str, Window]] = {}
     """Window name → documented limit."""

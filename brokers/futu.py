@@ -82,7 +82,7 @@ class Futu(BaseBroker):
     """
 
     package: ClassVar[str] = "futu"
-    sdk: ClassVar[str] = "httptrading[futu]"
+    sdk: ClassVar[str] = "futu-api"
     connections: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "trade": (
             "ping",
@@ -515,7 +515,7 @@ class Moomoo(Futu):
     """Futu's international brand: the same OpenD and protocol, the SDK package `moomoo`."""
 
     package: ClassVar[str] = "moomoo"
-    sdk: ClassVar[str] = "httptrading[moomoo]"
+    sdk: ClassVar[str] = "moomoo-api"
 
 
 def _logged_in(state: Mapping[str, Any], connection: str) -> bool:

@@ -95,7 +95,7 @@ DETAILS_AT_ONCE = 20
 class InteractiveBrokers(BaseBroker):
     """Arguments: `host`, `port`, `timeout` (seconds to connect), `client_id`, `account_id`."""
 
-    sdk = "httptrading[ib]"
+    sdk = "ib-insync"
     quote_regions = frozenset(MARKETS)
     combinations = (
         combine(("US", "HK"), OrderType, TimeInForce, [Lifecycle.RTH])

@@ -113,7 +113,7 @@ class LongBridge(BaseBroker):
         "push": (),
     }
     isolation = "process"
-    sdk: ClassVar[str] = "httptrading[longbridge]"
+    sdk: ClassVar[str] = "longport"
     windows: ClassVar[Mapping[str, Window]] = {
         "trade": Window(30, 30.0, gap=GAP, kept=2),
         "quote": Window(10, 1.0),

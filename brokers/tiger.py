@@ -67,7 +67,7 @@ class Tiger(BaseBroker):
         "account": ("ping", "cash", "positions", "order", "recent_orders", "fills"),
         "quote": ("quote", "market_status"),
     }
-    sdk = "httptrading[tiger]"
+    sdk = "tigeropen"
 
     # docs.itigerup.com/docs/ratelimit, taken for all methods of a class together, which is the
     # stricter reading. A second more than its 60, because a slot got with `take` is stamped

@@ -38,6 +38,7 @@ _HOMES = {
     "Rejected": "httptrading.errors",
     "RateLimited": "httptrading.errors",
     "BrokerUnavailable": "httptrading.errors",
+    "Busy": "httptrading.errors",
     "TimedOut": "httptrading.errors",
     "OutcomeUnknown": "httptrading.errors",
 }
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from httptrading.brokers.tiger import Tiger as Tiger
     from httptrading.errors import BrokerError as BrokerError
     from httptrading.errors import BrokerUnavailable as BrokerUnavailable
+    from httptrading.errors import Busy as Busy
     from httptrading.errors import HttpTradingError as HttpTradingError
     from httptrading.errors import InvalidRequest as InvalidRequest
     from httptrading.errors import OrderNotFound as OrderNotFound

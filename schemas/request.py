@@ -205,6 +205,14 @@ class CancelOrder(_OrderNameFields):
         unknown = RAISE
 
 
+class CancelAll(Schema):
+    """The body of order/cancel-all, which has no choice to offer: whoever names a region or a
+    ticker is told so, before every order is cancelled."""
+
+    class Meta:
+        unknown = RAISE
+
+
 class OrderQuery(_OrderNameFields):
     """order/state."""
 

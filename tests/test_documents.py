@@ -190,8 +190,20 @@ def test_every_error_code_is_explained(document: str) -> None:
 
 @pytest.mark.parametrize("document", READMES)
 def test_the_ages_are_those_of_the_gateway(document: str) -> None:
-    rows = re.findall(r"^\| ([a-z_]+) \| ([0-9.]+) \|$", text(document), re.M)
-    assert {name: float(seconds) for name, seconds in rows} == AGES
+    rows = re.findall(r"^\| ([a-z_]+) \| ([0-9.]+) \| (.*)\|$", text(document), re.M)
+    assert {name: float(seconds) for name, seconds, _ in rows} == AGES
+    told = {
+        (broker, name): float(seconds)
+        for name, _, others in rows
+        for broker, seconds in re.findall(r"([A-Za-z]+) ([0-9.]+)", others)
+    }
+    own = {
+        (broker, name): seconds
+        for broker in (*BROKERS, "Moomoo")
+        for name, seconds in getattr(httptrading, broker).ages.items()
+        if seconds != AGES[name]
+    }
+    assert told == own
 
 
 REGIONS = ("US", "HK", "CN")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import builtins
+import re
 import types
+from pathlib import Path
 
 import httptrading
 import httptrading.model
+
+ROOT = Path(__file__).parent.parent
 
 DOCUMENTED = {
     "BaseBroker",
@@ -39,6 +44,12 @@ MODEL = {
 def test_every_documented_name_is_public() -> None:
     assert set(httptrading.__all__) >= DOCUMENTED
     assert set(httptrading.model.__all__) >= MODEL
+
+
+def test_the_errors_that_a_broker_is_told_to_raise_are_public() -> None:
+    for document in (ROOT / "docs").rglob("*.md"):
+        raised = set(re.findall(r"\braise ([A-Z]\w+)", document.read_text()))
+        assert raised - set(dir(builtins)) <= set(httptrading.__all__), document
 
 
 def test_every_public_name_is_importable() -> None:

@@ -726,6 +726,31 @@ def test_cancel_all(on: Stage) -> None:
     assert nodes[ids[2]]["requested"] is False and nodes[ids[2]]["ex"] == "Too late."
 
 
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        ('{"region": "HK", "ticker": "00700"}', 400),  # there is no such choice
+        ("[]", 400),
+        ("{", 400),
+        ('{"a": "' + "x" * 70_000 + '"}', 413),
+    ],
+)
+def test_cancel_all_takes_no_choice(on: Stage, text: str, status: int) -> None:
+    trader = on.trader()
+    order_id = trader.placed(LIMIT_ORDER)
+    answer = trader.request("POST", "order/cancel-all", text=text)
+    assert (answer.status, answer.code) == (status, "INVALID_REQUEST"), answer
+    assert "cancel_order" not in [call.operation for call in list(on.script.received)]
+    assert trader.order(order_id)["isCompleted"] is False
+
+
+def test_cancel_all_needs_no_body(on: Stage) -> None:
+    trader = on.trader()
+    order_id = trader.placed(LIMIT_ORDER)
+    [node] = trader.request("POST", "order/cancel-all")["orders"]
+    assert (node["orderId"], node["requested"]) == (order_id, True)
+
+
 def test_cancel_all_tells_of_what_it_cannot_reach(tmp_path: Path) -> None:
     with stage(tmp_path) as on:
         on.ready()
