@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
@@ -124,6 +125,9 @@ class BaseBroker:
     """Where the workers run unless configured otherwise: "thread" or "process" (for SDKs that hold
     the GIL or whose dependencies conflict)."""
 
+    arguments: ClassVar[frozenset[str] | None] = None
+    """The names of the arguments it takes; None: whatever it is given."""
+
     sdk: ClassVar[str] = ""
     """What to install for `connect()`'s imports, e.g. `futu-api`; for the error message."""
 
@@ -153,6 +157,13 @@ class BaseBroker:
     ) -> None:
         """Stores only. An adapter may check its arguments here (ValueError), but never connects."""
         self.broker_args: dict[str, Any] = dict(broker_args or {})
+        if self.arguments is not None and (unknown := set(self.broker_args) - self.arguments):
+            # Names only: a value may be a secret.
+            raise ValueError(
+                f"{type(self).__name__} has no argument "
+                f"{', '.join(map(repr, sorted(unknown)))}; it has: "
+                f"{', '.join(sorted(self.arguments))}"
+            )
         self.instance_id: str = instance_id or ""
         self.tokens: list[str] = list(tokens or ())
         self.connection: str = "trade"
@@ -275,11 +286,16 @@ class BaseBroker:
 
     # --- what settlement and lists need -----------------------------------------------------
     def recent_orders(self) -> Answer[list[OrderReport]]:
-        """All open orders, and all that changed today (as far back as the broker tells cheaply).
+        """All open orders, and all that were sent since `listed_since()`.
 
         One complete listing or an exception: an order that is missing here counts as not placed.
         """
         raise NotImplementedError
+
+    def listed_since(self, now: datetime) -> datetime:
+        """From when on `recent_orders()`, asked `now`, tells orders that are finished as well. One
+        that was sent before and is missing may have been filled: it stays unknown."""
+        return now - timedelta(days=1)
 
     def fills(self, order_id: str) -> Answer[list[Fill]]:
         raise NotImplementedError

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from httptrading.brokers import futu_sdk
 from httptrading.brokers.base import BaseBroker, Window
 from httptrading.brokers.futu_vocabulary import (
+    ARGUMENTS,
     CASH_FIELDS,
     MARKET_OF_CURRENCY,
     REAL,
@@ -61,6 +62,8 @@ from httptrading.model import (
 )
 
 PIN_REFUSAL = "refused-pin"
+LISTING_DAYS = 9  # a gateway that was down over a long weekend finds its orders
+HISTORY_DAYS = 90  # what one history request spans at most
 REFUSED = -1  # Common.proto RetType_Failed; -100, -200, -400 and -500 leave the outcome open
 OFTEN = re.compile(r"频率太高|頻率太高|too (high|often|frequent)|frequen", re.IGNORECASE)
 LOCKED = re.compile(r"解锁|解鎖|unlock", re.IGNORECASE)
@@ -82,6 +85,7 @@ class Futu(BaseBroker):
     """
 
     package: ClassVar[str] = "futu"
+    arguments = ARGUMENTS
     sdk: ClassVar[str] = "futu-api"
     connections: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "trade": (
@@ -277,29 +281,32 @@ class Futu(BaseBroker):
         return self._find(order_id)[0]
 
     def recent_orders(self) -> list[OrderReport]:
-        """Open and today's orders from the server, and since yesterday what is finished: an order
-        done right before midnight is no longer in the list of today's."""
+        """Open and today's orders from the server, and what is finished of the last LISTING_DAYS:
+        the list of today's has nothing from before midnight."""
         found: dict[str, OrderReport] = {}
         for account in self._accounts:
             self.take(self._window("orders", account))
             rows = self._rows(self._context.order_list_query, account, refresh_cache=True)
-            for row in self._history(account, days=3) + rows:
+            for row in self._history(account, LISTING_DAYS) + rows:
                 report = self._remember(row, account)
                 if report is not None:
                     found[report.order.order_id] = report
         return list(found.values())
 
+    def listed_since(self, now: datetime) -> datetime:
+        return now - timedelta(days=LISTING_DAYS - 2)  # the dates are whole days, in another zone
+
     def fills(self, order_id: str) -> list[Fill]:
         if self._given.trade_env == "SIMULATE":
             raise Unsupported("Paper accounts at Futu have no list of fills")  # qa/trade.html Q1
         report, account = self._find(order_id)
-        if not report.order.filled_qty:
-            return []
-        rows = self._rows(self._context.deal_list_query, account)
-        if not any(row["order_id"] == order_id for row in rows):
-            self.take(self._window("fills", account))
-            rows = self._rows(self._context.history_deal_list_query, account, **_dates(90))
-        return [fill for row in rows if row["order_id"] == order_id and (fill := parse_fill(row))]
+        today = _fills_of(report, self._rows(self._context.deal_list_query, account))
+        if sum(fill.qty for fill in today) >= report.order.filled_qty:
+            return today
+        self.take(self._window("fills", account))
+        rows = self._rows(self._context.history_deal_list_query, account, **_dates(HISTORY_DAYS))
+        found = {fill.fill_id: fill for fill in [*_fills_of(report, rows), *today]}
+        return list(found.values())
 
     def _find(self, order_id: str) -> tuple[OrderReport, Account]:
         """Open and today's orders first (OpenD's own memory, not limited), then 90 days back."""
@@ -311,7 +318,7 @@ class Futu(BaseBroker):
                 if row["order_id"] == order_id and (report := self._remember(row, account)):
                     return report, account
         for account in accounts:
-            for row in self._history(account, days=90):
+            for row in self._history(account, HISTORY_DAYS):
                 if row["order_id"] == order_id and (report := self._remember(row, account)):
                     return report, account
         raise OrderNotFound(f"{self.broker_display} knows no order {order_id}")
@@ -432,7 +439,7 @@ class Futu(BaseBroker):
             self._ask(self._context.unlock_trade, password_md5=self._given.unlock_pin)
         except Rejected as refused:
             words = f"OpenD refused to unlock trading, nothing was sent to the market: {refused}"
-            if WRONG_PIN.search(refused.text):
+            if WRONG_PIN.search(refused.text) and not DOUBTFUL.search(refused.text):
                 words += ". unlock_pin is not tried again before the service is restarted"
                 (self.data_dir / PIN_REFUSAL).write_text(f"{self._life}\n{words}", "utf-8")
             raise Rejected(words) from None
@@ -521,6 +528,15 @@ class Moomoo(Futu):
 def _logged_in(state: Mapping[str, Any], connection: str) -> bool:
     login = state["qot_logined"] if connection == "quote" else state["trd_logined"]
     return bool(login) and state["program_status_type"] in ("READY", "N/A")
+
+
+def _fills_of(report: OrderReport, rows: list[dict[str, Any]]) -> list[Fill]:
+    mine = (
+        parse_fill(row, report.contract)
+        for row in rows
+        if row["order_id"] == report.order.order_id
+    )
+    return [fill for fill in mine if fill is not None]
 
 
 def _dates(days: int) -> dict[str, str]:

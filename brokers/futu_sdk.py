@@ -25,11 +25,12 @@ from typing import Any
 from httptrading.errors import BrokerUnavailable
 
 PROBE_SECONDS = 3.0
-CONNECT_SECONDS = 4.0
-"""What an OpenD may take to accept a connection, and to answer InitConnect and GetAccList."""
+CONNECT_SECONDS = 10.0
+"""What an OpenD may take for a connection, InitConnect and GetAccList, which is asked twice."""
 
-SILENT_SECONDS = 20.0
-"""OpenD answers a KeepAlive every 8 s; a connection silent for longer is dead."""
+KEEP_ALIVE_SECONDS, SILENT_SECONDS = 8.0, 20.0
+"""We ask so often whether OpenD is there; a connection silent for longer is dead. The SDK asks at
+OpenD's own pace otherwise (InitConnect's keepAliveInterval), which may be slower than that."""
 
 NOT_SENT = {"Connect timeout", "Connection closed", "Context status bad"}
 """The SDK's texts that mean that no request left it (open_context_base.py:293-305)."""
@@ -121,7 +122,7 @@ def open_context(
     if not hasattr(base, "_get_sync_query_processor"):
         raise BrokerUnavailable(
             "This version of the SDK is not known to send an order only once: "
-            "pip install 'futu-api>=10.4,<10.12' (or moomoo-api)"
+            "pip install 'futu-api>=10.8,<10.12' (or moomoo-api)"
         )
 
     class Context(base):  # type: ignore[misc]
@@ -214,6 +215,7 @@ def open_context(
             "set up there and not here (pk_path), or the other way round"
         )
     context.set_sync_query_connect_timeout(0.2)
+    context._keep_alive_interval = min(context._keep_alive_interval, KEEP_ALIVE_SECONDS)
     context._conn_alive_timeout = SILENT_SECONDS
     return context
 

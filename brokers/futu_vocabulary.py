@@ -36,6 +36,7 @@ from httptrading.tickers import canonical_ticker, cn_exchange
 
 TO_ORDER_TYPE = {OrderType.Limit: "NORMAL", OrderType.Market: "MARKET"}
 FROM_ORDER_TYPE = {word: ours for ours, word in TO_ORDER_TYPE.items()}
+DIRECTIONS = {"BUY": "BUY", "BUY_BACK": "BUY", "SELL": "SELL", "SELL_SHORT": "SELL"}
 FROM_TIME_IN_FORCE = {"DAY": TimeInForce.DAY, "GTC": TimeInForce.GTC}
 TO_SESSION = {Lifecycle.RTH: "RTH", Lifecycle.ETH: "ETH", Lifecycle.OVERNIGHT: "OVERNIGHT"}
 FROM_SESSION = {word: ours for ours, word in TO_SESSION.items()}
@@ -69,6 +70,9 @@ OPENNESS = [UnifiedStatus.RTH, UnifiedStatus.AFTER_HOURS, UnifiedStatus.REST, Un
 
 TRADE_MARKETS = {"US": {"US"}, "HK": {"HK"}, "CN": {"HKCC", "CN"}}  # REAL, paper account
 REGION_OF_MARKET = {"US": "US", "HK": "HK", "SH": "CN", "SZ": "CN"}
+REGION_OF_TRADE_MARKET = {
+    market: region for region, markets in TRADE_MARKETS.items() for market in markets
+}
 ZONES = {"US": "America/New_York", "HK": "Asia/Hong_Kong", "CN": "Asia/Shanghai"}
 SECURITY_FIRMS = {  # common/constant.py:3200; N/A: the first real account's
     "N/A",
@@ -115,11 +119,11 @@ class Arguments:
     acc_id: int
 
 
+ARGUMENTS = frozenset(one.name for one in fields(Arguments))
+
+
 def parse_arguments(given: Mapping[str, Any]) -> Arguments:
     """ValueError in a sentence that never shows a value: it may be a secret in the wrong place."""
-    known = [one.name for one in fields(Arguments)]
-    if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"unknown arguments {', '.join(unknown)} (known: {', '.join(known)})")
     try:
         port, acc_id = int(given.get("port") or 11111), int(given.get("acc_id") or 0)
     except (TypeError, ValueError):
@@ -159,10 +163,16 @@ def to_code(contract: Contract) -> str:
     return f"{market}.{contract.ticker}"
 
 
-def to_contract(code: str) -> Contract | None:
-    """None for what is no security of the three regions: options, futures, other markets."""
+def to_contract(code: str, trade_market: str) -> Contract | None:
+    """None for what is no security of the three regions: options, futures, other markets.
+
+    `trade_market` tells the region where the code has none (`N/A.AAPL`): secMarket is an optional
+    field of orders, fills and positions (Trd_Common.proto).
+    """
     market, _, ticker = code.partition(".")
     region = REGION_OF_MARKET.get(market, "")
+    if market == "N/A":
+        region = REGION_OF_TRADE_MARKET.get(trade_market, "")
     try:
         return Contract(TradeType.Securities, canonical_ticker(region, ticker), region)
     except ValueError:
@@ -176,7 +186,7 @@ def parse_time(text: str, region: str) -> datetime:
 
 def parse_order(row: Mapping[str, Any]) -> OrderReport | None:
     """A row of an order list or a push; None when it is no order for a security."""
-    contract = to_contract(row["code"])
+    contract = to_contract(row["code"], row["order_market"])
     if contract is None:
         return None
     status = str(row["order_status"])
@@ -187,7 +197,7 @@ def parse_order(row: Mapping[str, Any]) -> OrderReport | None:
         order_id=str(row["order_id"]),
         currency=currency if currency in CASH_FIELDS else CURRENCIES[contract.region],
         qty=number(row["qty"]),
-        filled_qty=number(row["dealt_qty"]),
+        filled_qty=number(row["dealt_qty"] or (status == "FILLED_ALL" and row["qty"])),  # optional
         avg_price=number(row["dealt_avg_price"]),
         error_reason=failure if status in FAILED else "",
         is_canceled=status in CANCELED,
@@ -201,7 +211,7 @@ def parse_order(row: Mapping[str, Any]) -> OrderReport | None:
         order,
         mark=str(row["remark"] or ""),
         contract=contract,
-        direction={"BUY": "BUY", "BUY_BACK": "BUY"}.get(row["trd_side"], "SELL"),
+        direction=DIRECTIONS.get(row["trd_side"]),
         order_type=order_type,
         price=number(row["price"]) if order_type is OrderType.Limit else None,
         time_in_force=FROM_TIME_IN_FORCE.get(row["time_in_force"]),
@@ -210,9 +220,11 @@ def parse_order(row: Mapping[str, Any]) -> OrderReport | None:
     )
 
 
-def parse_fill(row: Mapping[str, Any]) -> Fill | None:
-    contract = to_contract(row["code"])
-    if contract is None:
+def parse_fill(row: Mapping[str, Any], order: Contract | None = None) -> Fill | None:
+    """None when it is no fill of a security, when it was cancelled (OrderFillStatus), and when a
+    push does not tell its order, which the list of fills does. `order`: what that was for."""
+    contract = to_contract(row["code"], row["deal_market"]) or order
+    if contract is None or row["status"] == "CANCELLED" or row["order_id"] in ("", "N/A"):
         return None
     return Fill(
         fill_id=str(row["deal_id"]),
@@ -225,7 +237,7 @@ def parse_fill(row: Mapping[str, Any]) -> Fill | None:
 
 def parse_position(row: Mapping[str, Any], broker: str, display: str) -> Position | None:
     """None for other things than securities, and for what was closed today (quantity 0)."""
-    contract = to_contract(row["code"])
+    contract = to_contract(row["code"], row["position_market"])
     qty: Any = number(row["qty"])
     if contract is None or not qty:
         return None

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from httptrading.brokers.base import BaseBroker, combine
 from httptrading.brokers.ib_answers import (
@@ -93,9 +94,11 @@ DETAILS_AT_ONCE = 20
 
 @broker_register("interactiveBrokers", "盈透证券")
 class InteractiveBrokers(BaseBroker):
-    """Arguments: `host`, `port`, `timeout` (seconds to connect), `client_id`, `account_id`."""
+    """Arguments: `host`, `port`, `timeout` (seconds to connect), `client_id`, `account_id`, and
+    `timezone`, that of TWS, where it is not this machine's."""
 
     sdk = "ib-insync"
+    arguments = frozenset({"host", "port", "timeout", "client_id", "account_id", "timezone"})
     quote_regions = frozenset(MARKETS)
     combinations = (
         combine(("US", "HK"), OrderType, TimeInForce, [Lifecycle.RTH])
@@ -116,6 +119,7 @@ class InteractiveBrokers(BaseBroker):
         if not self._timeout > 0:
             raise ValueError("InteractiveBrokers: timeout must be a positive number of seconds")
         self._account = str(given.get("account_id") or "")
+        self._zone = _zone(given.get("timezone"))
         self._tws: TwsSession | None = None
 
     # --- the connection ---------------------------------------------------------------------
@@ -313,6 +317,11 @@ class InteractiveBrokers(BaseBroker):
             raise OrderNotFound(f"TWS does not know an order {order_id} of this account")
         return booked
 
+    def listed_since(self, now: datetime) -> datetime:
+        """TWS lists the executions and the finished orders of its own day only (reqExecutions,
+        reqCompletedOrders)."""
+        return now.astimezone(self._zone).replace(hour=0, minute=0, second=0, microsecond=0)
+
     async def recent_orders(self) -> list[OrderReport]:
         tws = self._open()
         listed = await tws.list_orders()
@@ -484,6 +493,16 @@ def _the_only(contract: Contract, details: list[Any]) -> Any:
 def _end(booked: BookedOrder) -> str:
     order = booked.order()
     return "filled" if order.is_filled else "cancelled" if order.is_canceled else "refused"
+
+
+def _zone(name: Any) -> ZoneInfo | None:
+    """None: this machine's."""
+    try:
+        return ZoneInfo(str(name)) if name else None
+    except (OSError, ValueError, ZoneInfoNotFoundError):
+        raise ValueError(
+            "InteractiveBrokers: timezone must be a name like Asia/Hong_Kong"
+        ) from None
 
 
 def _integer(given: Mapping[str, Any], name: str, default: int, least: int, most: int) -> int:

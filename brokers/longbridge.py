@@ -83,8 +83,6 @@ ADDRESSES = {
 }
 """The SDK's own defaults (rust/src/config.rs); `.cn` where LONGPORT_REGION is CN, else `.com`."""
 
-ARGUMENTS = {"app_key", "app_secret", "token_file", "auto_refresh_token", *ADDRESSES}
-
 GAP = 0.02
 """Seconds between two trade calls, at least (LongPort's documentation, "Rate Limit")."""
 
@@ -95,6 +93,7 @@ days of four markets (rust/src/quote/core.rs)."""
 PROBE_SECONDS = 4.0
 WATCH_SECONDS = 0.5
 RENEWAL_LOOK_SECONDS = 5.0
+LISTING_DAYS = timedelta(days=8)  # a gateway that was down over a long weekend finds its orders
 HISTORY = timedelta(days=89)  # one history request spans 90 days at most
 
 
@@ -114,6 +113,7 @@ class LongBridge(BaseBroker):
     }
     isolation = "process"
     sdk: ClassVar[str] = "longport"
+    arguments = frozenset({"app_key", "app_secret", "token_file", "auto_refresh_token", *ADDRESSES})
     windows: ClassVar[Mapping[str, Window]] = {
         "trade": Window(30, 30.0, gap=GAP, kept=2),
         "quote": Window(10, 1.0),
@@ -149,12 +149,6 @@ class LongBridge(BaseBroker):
     ) -> None:
         super().__init__(broker_args, instance_id, tokens)
         given = self.broker_args
-        unknown = sorted(set(given) - ARGUMENTS)
-        if unknown:
-            raise ValueError(
-                f"LongBridge has no argument {', '.join(map(repr, unknown))}; it has: "
-                + ", ".join(sorted(ARGUMENTS))
-            )
         missing = [name for name in ("app_key", "app_secret", "token_file") if not given.get(name)]
         if missing:
             raise ValueError(f"LongBridge needs {', '.join(missing)} in its arguments")
@@ -407,14 +401,16 @@ class LongBridge(BaseBroker):
                 raise OrderNotFound(f"LongBridge knows no order {order_id}") from None
             raise
 
+    def listed_since(self, now: datetime) -> datetime:
+        return now - LISTING_DAYS
+
     async def recent_orders(self) -> list[OrderReport]:
-        """Today's, those of the last two days (the broker's day may have just turned over), and
-        older ones that are still open."""
+        """Today's, those of the last LISTING_DAYS, and older ones that are still open."""
         now = datetime.now(UTC)
         data = await self._get("/v1/trade/order/today")
         rows = data.get("orders") or []
         for query in (
-            _range(now - timedelta(days=2), now),
+            _range(now - LISTING_DAYS, now),
             _range(now - HISTORY, now) | {"status": OPEN_WORDS},
         ):
             rows += await self._pages("order", "orders", "submitted_at", query)

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -59,8 +59,6 @@ log = logging.getLogger("httptrading.paper")
 
 INITIAL_CASH = {"USD": "100000", "HKD": "800000", "CNY": "700000"}
 HOURS: dict[str, Hours] = {"always": AlwaysOpen(), "exchange": ExchangeHours()}
-ARGUMENTS = {"cash", "quotes_from", "hours", "fees"}
-
 PULSE = 1.0  # seconds between two looks at resting orders
 PULSE_BORROWED = 5.0  # the same with another instance's quotes, which have rate limits
 BORROWED_WAIT = 0.8  # seconds that an order waits for such a price; deadlines begin at 1 s
@@ -87,6 +85,7 @@ class Paper(BaseBroker):
         | combine(["US"], [OrderType.Limit], TimeInForce, _ALWAYS)
     )
     quote_regions = frozenset(REGIONS)
+    arguments = frozenset({"cash", "quotes_from", "hours", "fees"})
     ages = {"quote": 0.0, "order": 0.0}
     listing_delay = 0.0  # an order is in the list before place_order returns
 
@@ -97,12 +96,6 @@ class Paper(BaseBroker):
         tokens: Iterable[str] | None = None,
     ) -> None:
         super().__init__(broker_args, instance_id, tokens)
-        unknown = set(self.broker_args) - ARGUMENTS
-        if unknown:
-            raise ValueError(
-                f"Paper has no argument {', '.join(map(repr, sorted(unknown)))}; "
-                f"it has: {', '.join(sorted(ARGUMENTS))}"
-            )
         if self.broker_args.get("hours", "always") not in list(HOURS):
             raise ValueError('Paper: hours must be "always" or "exchange"')
         self._initial_cash = _initial_cash(self.broker_args.get("cash", INITIAL_CASH))
@@ -215,6 +208,9 @@ class Paper(BaseBroker):
 
     async def recent_orders(self) -> list[OrderReport]:
         return [_report(order) for order in self._open.orders(time.time() - REMEMBERED)]
+
+    def listed_since(self, now: datetime) -> datetime:
+        return now - timedelta(seconds=REMEMBERED)
 
     async def fills(self, order_id: str) -> list[Fill]:
         return [_fill(fill) for fill in self._open.fills(order_id)]

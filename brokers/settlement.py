@@ -3,7 +3,8 @@
 After a start, after each reconnect and after every unknown outcome the broker is asked for a
 complete listing. An order found by its mark is `placed`. One that is missing from two listings,
 both begun later than the broker needs to show an accepted order, and with no call of it still
-running, is `not placed`. Until then it stays unknown, and every answer says so.
+running, is `not placed`, if the listings reach back to when it was sent: it may have been filled
+during a long outage. Until then it stays unknown, and every answer says so.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from httptrading.brokers.journal import (
@@ -247,12 +248,20 @@ class Settlement:
         """Settles those of the missing rows that the listing proves not to be there; returns the
         rows that stay open."""
         delay = self._instance.broker.listing_delay
+        since = self._instance.broker.listed_since(datetime.now(UTC) + CLOCKS_DIFFER)
         shown = {report.mark for report in reports if report.mark}  # some without an id as yet
         left = []
         for row in rows:
             mark = row.mark or ""
             if mark in shown:
                 left.append(row)
+                continue
+            if row.created < since + CLOCKS_DIFFER:
+                # Not in `left`: what listings cannot settle is no reason to ask for the next one.
+                log.warning(
+                    "order %s stays unknown: the broker's lists do not reach back to it",
+                    row.client_order_id,
+                )
                 continue
             with self._lock:
                 over = self._over.setdefault(mark, self._born)

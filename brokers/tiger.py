@@ -68,6 +68,12 @@ class Tiger(BaseBroker):
         "quote": ("quote", "market_status"),
     }
     sdk = "tigeropen"
+    arguments = frozenset(
+        {
+            *("tiger_id", "account", "pk_path", "secret_key", "tiger_public_key", "server_url"),
+            *("push_host", "push_port", "push_ssl", "timeout"),
+        }
+    )
 
     # docs.itigerup.com/docs/ratelimit, taken for all methods of a class together, which is the
     # stricter reading. A second more than its 60, because a slot got with `take` is stamped
@@ -314,6 +320,9 @@ class Tiger(BaseBroker):
         if found is None or str(found.id) != order_id:
             raise OrderNotFound("Tiger does not know the order")
         return mapping.parse_order(found)
+
+    def listed_since(self, now: datetime) -> datetime:
+        return now - timedelta(days=LISTING_DAYS)
 
     def recent_orders(self) -> list[OrderReport]:
         """Everything of the last LISTING_DAYS, page by page, and what is open from before."""

@@ -305,7 +305,7 @@ def test_prices_futu_takes(price: float | None) -> None:
         ({}, "trade_env"),
         ({"trade_env": "PAPER"}, "REAL or SIMULATE"),
         ({"trade_env": "REAL", "unlock_pin": PIN}, "MD5"),
-        ({"trade_env": "REAL", "pin": PIN}, "unknown arguments pin "),
+        ({"trade_env": "REAL", "pin": PIN}, "no argument 'pin'"),
         ({"trade_env": "REAL", "security_firm": "FUTU"}, "security_firm"),
         ({"trade_env": "REAL", "port": "x"}, "port"),
         ({"trade_env": "REAL", "acc_id": "U1"}, "acc_id"),
@@ -368,17 +368,20 @@ def test_orders_are_found_long_after_their_day(
         broker.order("987654321")
 
 
-def test_a_listing_has_the_orders_of_the_last_evening(
+def test_a_listing_reaches_back_over_a_long_weekend(
     connect: Callable[..., Futu], exchange: Exchange
 ) -> None:
     broker = connect()
-    still_open, done, old = place(broker), place(broker), place(broker)
-    for order_id, days in ((still_open, 30), (done, 1), (old, 30)):
+    still_open, done, last_week, old = (place(broker) for _ in range(4))
+    now = datetime.now(UTC)
+    reach = (now - broker.listed_since(now)).days
+    for order_id, days in ((still_open, 30), (done, 1), (last_week, reach), (old, 30)):
         exchange.orders[order_id].epoch -= days * 86400
     exchange.fill(done, 12, "200")
+    exchange.fill(last_week, 12, "200")
     exchange.cancel(old)
     listed = {report.order.order_id: report for report in broker.recent_orders()}
-    assert set(listed) == {still_open, done}
+    assert set(listed) == {still_open, done, last_week}
     assert told(broker).taken == ["orders US", "history US"]
     assert exchange.received("orders")[-1].fields["refreshCache"] is True
     assert listed[done].time is not None
@@ -401,6 +404,49 @@ def test_fills_are_found_long_after_their_day(
     assert told(broker).taken == ["history US", "fills US"]
     with pytest.raises(Unsupported):
         connect(trade_env="SIMULATE").fills(order_id)
+
+
+def test_fills_of_several_days(connect: Callable[..., Futu], exchange: Exchange) -> None:
+    broker = connect()
+    order_id = place(broker, time_in_force=TimeInForce.GTC)
+    exchange.fill(order_id, 5, "200")
+    order = exchange.orders[order_id]
+    order.fills[0] = replace(order.fills[0], epoch=order.epoch - 86400)
+    exchange.fill(order_id, 4, "201")
+    assert sorted(fill.qty for fill in broker.fills(order_id)) == [4, 5]
+
+
+def test_a_cancelled_fill_is_none(
+    connect: Callable[..., Futu], opend: OpenD, exchange: Exchange
+) -> None:
+    broker = connect()
+    order_id = place(broker)
+    exchange.fill(order_id, 5, "200")
+    exchange.fill(order_id, 4, "201")
+    opend.busted.add(exchange.orders[order_id].fills[0].fill_id)
+    assert [fill.qty for fill in broker.fills(order_id)] == [4]
+
+
+def test_optional_fields_may_be_missing(
+    connect: Callable[..., Futu], opend: OpenD, exchange: Exchange
+) -> None:
+    """Trd_Common.proto: secMarket of orders, fills and positions, the order id of a fill."""
+    opend.left_out = {"secMarket", "fillQty"}
+    exchange.positions = [ExchangePosition("HK", "00700", "HKD", Decimal(100))]
+    broker = connect()
+    order_id = place(broker, mark="ht-optional")
+    exchange.fill(order_id, 12, "200")
+    (report,) = broker.recent_orders()
+    assert (report.mark, report.contract, report.order.is_filled) == ("ht-optional", AAPL, True)
+    assert broker.order(order_id).order.filled_qty == 12
+    assert [fill.qty for fill in broker.fills(order_id)] == [12]
+    assert [position.contract for position in broker.positions()] == [HK]
+    opend.left_out = {"orderIDEx"}
+    second = place(broker)
+    exchange.fill(second, 12, "200")
+    told(broker).wait_for(lambda: len(told(broker).reports) >= 4)
+    assert second not in [fill.order_id for fill in told(broker).fills]
+    assert "N/A" not in [fill.order_id for fill in told(broker).fills]
 
 
 @pytest.mark.parametrize("env", ["REAL", "SIMULATE"])
@@ -663,6 +709,16 @@ def test_a_cut_while_idle_is_told_and_then_nothing_is_sent(
     told(broker).wait_for(lambda: told(broker).losses == ["The connection to OpenD ended"])
     assert type(failing(lambda: place(broker))) is BrokerUnavailable
     assert exchange.received("place") == []
+
+
+def test_opend_may_ask_for_rare_signs_of_life(
+    connect: Callable[..., Futu], opend: OpenD, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """InitConnect's keepAliveInterval may be longer than we bear silence."""
+    monkeypatch.undo()
+    opend.keep_alive = 60
+    context = connect()._context
+    assert context._keep_alive_interval * 2 < context._conn_alive_timeout
 
 
 def test_an_opend_that_goes_deaf_while_idle_is_noticed(

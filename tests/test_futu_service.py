@@ -4,6 +4,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from decimal import Decimal
 from functools import partial
@@ -350,3 +351,38 @@ def test_threads_do_not_pile_up(
         connected(client())
         wait_for(lambda: client().market().ok, "the quote connection")
     wait_for(lambda: threading.active_count() <= before, "threads of old connections to end")
+
+
+@contextmanager
+def gateway(opend: OpenD, data_dir: Path) -> Iterator[Trader]:
+    app = create_app(brokers=[instance(opend)], data_dir=data_dir)
+    try:
+        yield Trader(app, "FutuService00001", TOKEN.format(1))
+    finally:
+        app.extensions["httptrading"].close()
+
+
+def test_an_order_filled_while_the_gateway_was_down_for_days_is_found(
+    opend: OpenD, exchange: Exchange, tmp_path: Path
+) -> None:
+    """A crash on Friday and a start on Monday: today's list knows nothing of it."""
+    exchange.pushes = False
+    with gateway(opend, tmp_path) as trader, ThreadPoolExecutor(1) as pool:
+        connected(trader)
+        exchange.fault("place", FaultKind.ACCEPT_THEN_HANG)
+        answer = pool.submit(trader.place, ORDER, key="friday")
+        exchange.wait_for(lambda: exchange.orders)
+        opend.logged_in = False  # nor is the order found before the end
+        trader.client.application.extensions["httptrading"].close()
+        assert answer.result().code == "OUTCOME_UNKNOWN"
+    (order,) = exchange.orders.values()
+    order.epoch -= 3 * 86400
+    exchange.fill(order.order_id, 12, "12.34")
+    order.updated -= 3 * 86400
+    opend.logged_in = True
+    with gateway(opend, tmp_path) as trader:
+        connected(trader)
+        again = trader.place(ORDER, key="friday")
+        assert again.ok and again.replayed and again["orderId"] == order.order_id, again
+        assert trader.order(key="friday")["isFilled"] is True
+    assert len(exchange.orders) == 1

@@ -82,6 +82,12 @@ def test_every_order_status(status: str, expected: tuple[bool, bool, bool]) -> N
     assert order.filled_qty == 5
 
 
+def test_a_filled_order_may_come_without_its_quantity() -> None:
+    report = words.parse_order(order_row(order_status="FILLED_ALL", dealt_qty=0.0))
+    assert report is not None
+    assert (report.order.filled_qty, report.order.is_filled) == (12, True)
+
+
 def test_no_order_status_of_the_sdk_is_forgotten(sdk_enum: Callable[[str], list[str]]) -> None:
     assert set(sdk_enum("OrderStatus")) == set(STATUSES)
 
@@ -110,6 +116,7 @@ def test_an_order_in_all_its_fields() -> None:
         ({"session": "OVERNIGHT"}, "lifecycle", Lifecycle.OVERNIGHT),
         ({"trd_side": "BUY_BACK"}, "direction", "BUY"),
         ({"trd_side": "SELL_SHORT"}, "direction", "SELL"),
+        ({"trd_side": "N/A"}, "direction", None),
         ({"create_time": ""}, "time", None),
         ({"remark": ""}, "mark", ""),
     ],
@@ -120,7 +127,8 @@ def test_orders_of_other_clients(changes: dict[str, Any], field: str, expected: 
 
 @pytest.mark.parametrize("code", ["US.AAPL261218C200000", "JP.7203", "HK.800000", "HK_FUTURE.1"])
 def test_what_is_no_security_is_left_out(code: str) -> None:
-    position = {"code": code, "qty": 1.0, "position_side": "LONG", "currency": "USD"}
+    position = {"code": code, "position_market": "US", "qty": 1.0}
+    position |= {"position_side": "LONG", "currency": "USD"}
     assert words.parse_order(order_row(code=code)) is None
     assert words.parse_position(position, "futu", "富途证券") is None
 
@@ -139,6 +147,7 @@ def test_what_is_no_security_is_left_out(code: str) -> None:
 )
 def test_positions(row: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
     named = dict(zip(("code", "qty", "position_side", "currency"), row, strict=True))
+    named["position_market"] = "N/A"
     found = words.parse_position(named, "futu", "富途证券")
     assert found is not None
     shown = (found.contract.region, found.contract.ticker, found.currency, found.qty)
@@ -147,6 +156,7 @@ def test_positions(row: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
 
 def test_a_position_closed_today_is_none() -> None:
     row = {"code": "US.AAPL", "qty": 0.0, "position_side": "LONG", "currency": "USD"}
+    row["position_market"] = "US"
     assert words.parse_position(row, "futu", "富途证券") is None
 
 
@@ -284,12 +294,26 @@ contracts = st.one_of(
 
 @given(contracts)
 def test_a_contract_survives_the_way_to_futu_and_back(contract: Contract) -> None:
-    assert words.to_contract(words.to_code(contract)) == contract
+    assert words.to_contract(words.to_code(contract), "N/A") == contract
+
+
+@pytest.mark.parametrize("trade_market", ["US", "HK", "HKCC", "CN"])
+def test_a_code_without_a_market(trade_market: str) -> None:
+    """secMarket is an optional field: the SDK writes `N/A` for it."""
+    ticker, region = {
+        "US": ("AAPL", "US"),
+        "HK": ("00700", "HK"),
+        "HKCC": ("600519", "CN"),
+        "CN": ("000001", "CN"),
+    }[trade_market]
+    contract = Contract(TradeType.Securities, ticker, region)
+    report = words.parse_order(order_row(code=f"N/A.{ticker}", order_market=trade_market))
+    assert report is not None and report.contract == contract
 
 
 @given(st.text())
 def test_any_text_is_a_contract_or_none(code: str) -> None:
-    contract = words.to_contract(code)
+    contract = words.to_contract(code, "US")
     assert contract is None or contract.region in ("US", "HK", "CN")
 
 

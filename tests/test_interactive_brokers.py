@@ -34,6 +34,7 @@ def broker(tws: Tws, **changes: object) -> InteractiveBrokers:
         "timeout": 14,
         "client_id": 7,
         "account_id": ACCOUNT,
+        "timezone": tws.timezone,
     }
     return InteractiveBrokers(arguments | changes)
 
@@ -758,3 +759,14 @@ def test_a_fill_costs_no_account_of_all_fills_before(
         exchange.fill(order_id, 1, "12.30")
     wait_for(lambda: trader.order(order_id)["filledQty"] == 20, "all fills")
     assert written == []
+
+
+def test_listings_reach_back_to_the_midnight_of_tws() -> None:
+    """Of earlier days TWS lists neither executions nor finished orders."""
+    now = datetime.fromisoformat("2026-03-02T18:30:00+00:00")
+    there = InteractiveBrokers({"timezone": "Asia/Hong_Kong"})
+    assert there.listed_since(now) == datetime.fromisoformat("2026-03-03T00:00:00+08:00")
+    here = InteractiveBrokers({}).listed_since(now)
+    assert here.astimezone().hour == 0 and here <= now
+    with pytest.raises(ValueError, match="timezone"):
+        InteractiveBrokers({"timezone": "Hongkong/Asia"})

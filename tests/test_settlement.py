@@ -198,6 +198,23 @@ def test_a_call_still_running_is_never_given_up(tmp_path: Path) -> None:
         assert len(on.script.calls("place_order")) == 1
 
 
+def test_listings_prove_nothing_of_what_they_do_not_reach(
+    on: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An order of last week may have been filled, and be in no list of today."""
+    trader = on.trader()
+    with monkeypatch.context() as only_today:
+        only_today.setattr(BaseBroker, "listed_since", lambda self, now: now)
+        on.script.do["place_order"] = raising(OutcomeUnknown("Lost."))
+        unknown(trader.place(LIMIT_ORDER, key="k"))
+        wait_for(lambda: "do not reach back" in caplog.text, "a listing that proves nothing")
+        unknown(trader.place(LIMIT_ORDER, key="k", timeout=1))
+        assert len(on.script.calls("place_order")) == 1
+    del on.script.do["place_order"]
+    assert until(lambda: trader.place(LIMIT_ORDER, key="k"), "").ok  # settled by the lists
+    assert len(on.script.calls("place_order")) == 2
+
+
 def test_found_while_the_call_still_runs(tmp_path: Path) -> None:
     with stage(tmp_path) as on:
         on.ready()

@@ -65,6 +65,7 @@ def fleet(folder: Path) -> Iterator[dict[str, Member]]:
             "timeout": 8,
             "client_id": 7,
             "account_id": tws.accounts[0],
+            "timezone": tws.timezone,
         }
         members.append(Member("ib", tws.exchange, tws, "InteractiveBrokers", args))
 

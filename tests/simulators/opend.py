@@ -155,6 +155,8 @@ class OpenD:
 
     `deaf`: everything is read, nothing answered. `states`: market → number (Qot_Common
     QotMarketState). `raw_status`: order id → OrderStatus number shown instead of the exchange's.
+    `left_out`: optional fields that orders, fills and positions come without. `busted`: fill ids
+    that are shown as cancelled.
     `ret_type`: the RetType answered to orders, which are taken. `locked`: REAL orders need
     UnlockTrade first. `enforce_limits`: too frequent requests are refused in OpenD's own words and
     listed in `violations`.
@@ -182,6 +184,8 @@ class OpenD:
         self.logged_in = True
         self.states = {"US": 5, "HK": 3, "SH": 3, "SZ": 3}
         self.raw_status: dict[str, int] = {}
+        self.left_out: set[str] = set()
+        self.busted: set[str] = set()
         self.limits = dict(LIMITS)
         self.violations: list[str] = []
         self.ret_type = 0
@@ -577,7 +581,7 @@ class OpenD:
                 rows.append({**decoy, "secMarket": 2, "trdMarket": 2, "currency": 2})
         for row in rows:
             row.update(name=row["code"], canSellQty=row["qty"], price=1, val=1, plVal=0)
-        return {"header": _header(request), "positionList": rows}
+        return {"header": _header(request), "positionList": [self._shown(row) for row in rows]}
 
     def _place(self, _connection: Connection, request: Any) -> dict[str, Any]:
         account = self._account(request)
@@ -634,7 +638,7 @@ class OpenD:
         today = _midnight()
         with self.exchange.lock:
             rows = [
-                self._order_row(order)
+                self._shown(self._order_row(order))
                 for order in self.exchange.orders.values()
                 if order.account == str(account.acc_id)
                 and (not wanted or order.order_id in wanted)
@@ -650,7 +654,7 @@ class OpenD:
             raise Refused("查询时间范围不能超过90天")
         with self.exchange.lock:
             rows = [
-                self._order_row(order)
+                self._shown(self._order_row(order))
                 for order in self.exchange.orders.values()
                 if order.account == str(account.acc_id)
                 and order.status.is_final
@@ -668,7 +672,7 @@ class OpenD:
             begin, end = _period(request)
         with self.exchange.lock:
             rows = [
-                _fill_row(order, at)
+                self._shown(_fill_row(order, at)) | {"status": int(fill.fill_id in self.busted)}
                 for order in self.exchange.orders.values()
                 if order.account == str(account.acc_id)
                 for at, fill in enumerate(order.fills)
@@ -718,6 +722,9 @@ class OpenD:
                 return account
         raise Refused(f"账户不存在 {request.header.accID}")
 
+    def _shown(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in row.items() if name not in self.left_out}
+
     def _order_row(self, order: ExchangeOrder) -> dict[str, Any]:
         filled = order.filled
         status = STATUS[order.status][bool(filled)]
@@ -756,9 +763,9 @@ class OpenD:
             return
         header = {"trdEnv": self._env(order), "accID": int(order.account), "trdMarket": 2}
         with self.exchange.lock:
-            row = self._order_row(order)
+            row = self._shown(self._order_row(order))
             told = self._pushed_fills.get(order.order_id, 0)
-            fills = [_fill_row(order, at) for at in range(told, len(order.fills))]
+            fills = [self._shown(_fill_row(order, at)) for at in range(told, len(order.fills))]
             self._pushed_fills[order.order_id] = len(order.fills)
         self._tell(ORDER_PUSH, "Trd_UpdateOrder", int(order.account), header=header, order=row)
         for fill in fills if header["trdEnv"] == REAL else ():

@@ -103,6 +103,8 @@ class Tws:
     """A simulated TWS; `with Tws(exchange) as tws:` listens on `tws.host`, `tws.port`."""
 
     host = "127.0.0.1"
+    # Its day is far from both its ends, whenever the tests run: yesterday's orders are not listed.
+    timezone = f"Etc/GMT{datetime.now(UTC).hour - 12:+d}"
 
     def __init__(
         self,
