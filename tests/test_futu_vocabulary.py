@@ -343,3 +343,12 @@ def sdk_enum(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[s
 
     constant = futu_sdk.load("futu", tmp_path_factory.mktemp("home")).common.constant
     return lambda name: list(getattr(constant, name)().load_dic())
+
+
+def test_a_pushed_fill_without_its_order_is_left_to_the_list() -> None:
+    """orderIDEx of a fill is optional: the SDK writes `N/A`, or nothing."""
+    row = {"code": "US.AAPL", "deal_market": "US", "status": "OK", "deal_id": "1", "qty": 1.0}
+    row |= {"price": 2.0, "create_time": "2026-03-02 09:30:00"}
+    assert words.parse_fill(row | {"order_id": "N/A"}) is None
+    assert words.parse_fill(row | {"order_id": ""}) is None
+    assert words.parse_fill(row | {"order_id": "7"}) is not None
