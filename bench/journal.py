@@ -79,7 +79,7 @@ def _operations(journal: Journal, count: int) -> dict[str, Callable[[int], objec
         key = f"new-{turn}"
         assert journal.by_client_order_id(_ID, key) is None
         row_id, _ = journal.begin(_ID, key, 1, _REQUEST).result()
-        journal.settle(row_id, Outcome(PLACED, order_id=key)).result()
+        journal.settle(row_id, Outcome(PLACED, order_id=key), soon=True).result()
 
     def push(turn: int) -> None:
         order = Order(f"new-{turn}", "USD", 10, 5, 200.5)

@@ -532,9 +532,7 @@ def _logged_in(state: Mapping[str, Any], connection: str) -> bool:
 
 def _fills_of(report: OrderReport, rows: list[dict[str, Any]]) -> list[Fill]:
     mine = (
-        parse_fill(row, report.contract)
-        for row in rows
-        if row["order_id"] == report.order.order_id
+        parse_fill(row, report.contract) for row in rows if row["order_id"] == report.order.order_id
     )
     return [fill for fill in mine if fill is not None]
 

@@ -193,7 +193,8 @@ class Instance:
             self._worker_of |= dict.fromkeys(operations, worker)
         self._cash_takes_currency = "currency" in inspect.signature(broker_class.cash).parameters
         self._placing: dict[str, Placement] = {}
-        self._joined: dict[str, tuple[Any, Order]] = {}  # order id → broker's answer, with journal
+        # Order id → the broker's answer, joined to the journal after so many writes.
+        self._joined: dict[str, tuple[Any, Order, int]] = {}
         self._placing_lock = threading.Lock()
         self.settlement = Settlement(self, journal)
         self._draining = False
@@ -562,15 +563,20 @@ class Instance:
         """Gives the outcome to the journal; `then` runs when that is done, or has failed: the
         client is answered all the same, and the journal learns it as soon as it can."""
         assert placement.row_id is not None
-        settle = partial(self._journal.settle, placement.row_id, outcome)
+        settle = partial(self._journal.settle, placement.row_id, outcome, soon=self.lists_orders)
         settled = outcome.state != UNKNOWN
-        ended = partial(self.settlement.call_ended, placement.mark, settled=settled)
+        ended = partial(self.settlement.call_ended, placement.mark)
 
         def written(future: Future[None]) -> None:
             if future.exception() is None:
-                ended()
+                ended(settled=settled)
             else:
-                self._recorder.outcome(self.id, lambda: settle().result(), ended)
+                self._recorder.outcome(
+                    self.id,
+                    lambda: settle().result(),
+                    written=partial(ended, settled=settled),
+                    dropped=partial(ended, settled=False),  # it is looked for at the broker
+                )
             then()
 
         settle().add_done_callback(written)
@@ -688,6 +694,9 @@ class Instance:
             if order.is_pending_cancel:
                 answers.append((order.order_id, None))
                 continue
+            if time.monotonic() >= deadline:
+                answers.append((order.order_id, not_sent_in_time()))
+                continue
             try:
                 self.cancel(order.order_id, None, deadline)
                 answers.append((order.order_id, None))
@@ -699,15 +708,27 @@ class Instance:
         return answers
 
     def _open_orders(self, deadline: float) -> list[Order]:
+        """The broker's and the journal's; a journal that cannot be used holds nothing up."""
+        found: dict[str, Order] = {}
+        if self.lists_orders:
+            seen = time.time()
+            reports = self.list_recent(deadline)
+            found = {report.order.order_id: report.order for report in reports}
+            soon = min(deadline, time.monotonic() + WRITE_SECONDS)
+            with suppress(Busy):
+                self._journal.record(self.id, reports, seen, deadline=soon)
+            with suppress(Busy):
+                joined = self._journal.joined(self.id, reports)
+                found |= {row.order_id: row.order for row in joined}
         try:
-            rows = self.orders(open_=True, since=None, limit=1000, deadline=deadline, fresh=True)
+            rows = self._journal.orders(self.id, open_=True, since=None, limit=None)
         except Busy:
             if not self.lists_orders:
                 raise
-            # Without a journal (or when the queue is full, which this tells): the broker's own.
-            reports = self.list_recent(deadline)
-            return [report.order for report in reports if not report.order.is_completed]
-        return [row.order for row in rows]
+            rows = []
+        for row in rows:
+            found.setdefault(row.order_id, row.order)
+        return [order for order in found.values() if order.order_id and not order.is_completed]
 
     # --- orders -------------------------------------------------------------------------------
     def order(
@@ -740,10 +761,11 @@ class Instance:
         report = found if isinstance(found, OrderReport) else OrderReport(found)
         with suppress(Busy):  # the broker's answer is worth more than its record
             self._journal.record(self.id, [report], seen, deadline=deadline)
+        writes = self._journal.writes
         order = self._joined_order(report)
         if len(self._joined) > 1000:
             self._joined.clear()
-        self._joined[order.order_id] = (found, order)
+        self._joined[order.order_id] = (found, order, writes)
         return order
 
     def _joined_order(self, report: OrderReport) -> Order:
@@ -754,10 +776,11 @@ class Instance:
             return report.order
 
     def _remembered_order(self, order_id: str) -> Order | None:
-        """What the broker's answer in memory, already joined to the journal, came to."""
+        """What the broker's answer in memory, already joined to the journal, came to; None when
+        there is none, or the journal may know more by now."""
         known, found = self._reads.answer("order", _read_key("order", {"order_id": order_id}))
-        answer, order = self._joined.get(order_id, (None, None))
-        return order if known and answer is found else None
+        answer, order, writes = self._joined.get(order_id, (None, None, -1))
+        return order if known and answer is found and writes == self._journal.writes else None
 
     def orders(
         self,

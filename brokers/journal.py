@@ -324,6 +324,11 @@ class Journal:
         """Made once for each journal, so that no two gateways make the same mark."""
         return self._open()
 
+    @property
+    def writes(self) -> int:
+        """How often anything may have been written: what was read is still so at the same count."""
+        return self._commits.ended
+
     # --- placing ------------------------------------------------------------------------------
     def mark(self, instance_id: str, client_order_id: str, attempt: int) -> str:
         """The tag given to the broker: unique to this row of this journal; 20 ASCII characters."""
@@ -377,12 +382,12 @@ class Journal:
 
         return self._post(body, short=short)
 
-    def settle(self, row_id: int, outcome: Outcome) -> Future[None]:
+    def settle(self, row_id: int, outcome: Outcome, *, soon: bool = False) -> Future[None]:
         """Writes what became of a sent order; the future is done when that is durable.
 
         `PLACED`: the broker took it under this id; what a push said of the id meanwhile is joined.
-        The disk is not waited for: should the power fail in the next moment, the row says `sending`
-        again, and the order is found at the broker as after a crash one moment earlier.
+        `soon`: then the disk is not waited for. Should the power fail in the next moment, the row
+        says `sending` again, so the order must be one that the broker's lists tell.
         `REFUSED`: there is no such order, unless a part of it has been filled. `UNKNOWN`: no clear
         answer came. `NOT_PLACED`: nothing was sent, or the broker's lists lack it; only if that is
         still open.
@@ -405,7 +410,7 @@ class Journal:
             if _PLACED_SHORT(driver, values).rowcount != 1:
                 raise NotThatSimple  # a push was first
 
-        return self._post(body, short=short, soon=True)
+        return self._post(body, short=short, soon=soon)
 
     def _apply(self, connection: sa.Connection, row_id: int, outcome: Outcome) -> None:
         row = connection.execute(_BY_ROW, {"row": row_id}).one()
@@ -648,7 +653,7 @@ class Journal:
         return self._many(_UNSETTLED, instance=instance_id)
 
     def orders(
-        self, instance_id: str, *, open_: bool | None, since: datetime | None, limit: int
+        self, instance_id: str, *, open_: bool | None, since: datetime | None, limit: int | None
     ) -> list[JournalOrder]:
         """Orders known to be (or to have been) at the broker, newest first."""
         statement = sa.select(_orders).where(

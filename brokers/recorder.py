@@ -40,6 +40,7 @@ class _News:
     fills: tuple[Fill, ...] = ()
     write: Callable[[], None] | None = None
     written: Callable[[], None] | None = None
+    dropped: Callable[[], None] | None = None
 
 
 class Recorder:
@@ -75,10 +76,17 @@ class Recorder:
         self._put(_News(instance_id, time.time(), fills=fills))
 
     def outcome(
-        self, instance_id: str, write: Callable[[], None], written: Callable[[], None]
+        self,
+        instance_id: str,
+        write: Callable[[], None],
+        written: Callable[[], None],
+        dropped: Callable[[], None],
     ) -> None:
-        """What became of a sent order, which could not be written just now; never dropped."""
-        self._queue.put(_News(instance_id, time.time(), write=write, written=written))
+        """What became of a sent order, which could not be written just now. `dropped` is called
+        when the journal takes everything else, but not this."""
+        self._queue.put(
+            _News(instance_id, time.time(), write=write, written=written, dropped=dropped)
+        )
 
     def _put(self, news: _News) -> None:
         if self._queue.qsize() < MOST_WAITING:
@@ -106,9 +114,12 @@ class Recorder:
     def _write(self, batch: list[_News]) -> None:
         for instance_id in dict.fromkeys(news.instance_id for news in batch):
             mine = [news for news in batch if news.instance_id == instance_id]
-            if not self._written(mine) and len(mine) > 1:
-                for news in mine:  # one of them is odd; the others are not to be lost with it
-                    self._written([news])
+            if self._written(mine):
+                continue
+            for news in mine:  # one of them is odd; the others are not to be lost with it
+                recorded = len(mine) > 1 and self._written([news])
+                if not recorded and news.dropped is not None:
+                    news.dropped()
 
     def _written(self, mine: list[_News]) -> bool:
         """False for something that cannot be recorded. Waits while the journal cannot be written,

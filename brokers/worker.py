@@ -187,6 +187,8 @@ class Worker:
                 raise self._unavailable(now)
             if len(self._queue) >= self._queue_size:
                 raise Busy("Too many requests are waiting; nothing was sent.", retry_after=1)
+            if call.deadline <= now:
+                raise not_sent_in_time()
             self._windows.admit(call.costs, cancel=call.is_cancel, patience=call.deadline - now)
             bisect.insort(self._queue, (call.priority, next(self._numbers), call))
         if lane is not None and call.ready:

@@ -38,6 +38,9 @@ class HttpTradingError(Exception):
     outcome: ClassVar[str] = "none"
 
     def __init__(self, text: str, *, retry_after: float | None = None) -> None:
+        # Half a character of a broker's own words (json.loads makes one of a cut escape) could be
+        # neither sent nor recorded.
+        text = text.encode("utf-8", "replace").decode()
         super().__init__(text)
         self.text = text
         self.retry_after = retry_after

@@ -79,7 +79,7 @@ def begin(journal: Journal, key: str = "a", attempt: int = 1, **changes: Any) ->
 def settle(journal: Journal, row_id: int, state: str, text: str = "") -> None:
     """`text`: the order id of a placed order, else the reason."""
     told = {"order_id" if state == PLACED else "reason": text}
-    journal.settle(row_id, Outcome(state, **told)).result(60)
+    journal.settle(row_id, Outcome(state, **told), soon=True).result(60)
 
 
 def row_of(journal: Journal, row_id: int) -> JournalOrder:

@@ -87,7 +87,7 @@ def test_a_stuck_journal_gets_them_later(journal: Broken, recorder: Recorder) ->
 
     ended = threading.Event()
     told = [push(recorder, str(number)) for number in range(3)]
-    recorder.outcome(ID, write, ended.set)
+    recorder.outcome(ID, write, ended.set, lambda: None)
     assert not told[0].wait(0.8) and known(journal) == set()
     journal.failure = None
     assert all(written.wait(PATIENCE) for written in told) and ended.wait(PATIENCE)
@@ -104,6 +104,15 @@ def test_an_odd_push_takes_no_other_with_it(journal: Broken, recorder: Recorder)
     gate.set()
     assert after.wait(PATIENCE)
     assert known(journal) == {"before", "after"} and not odd.is_set()
+
+
+def test_an_outcome_that_cannot_be_recorded_is_looked_for(recorder: Recorder) -> None:
+    def write() -> None:
+        raise ValueError("no text for this database")
+
+    ended, dropped = threading.Event(), threading.Event()
+    recorder.outcome(ID, write, ended.set, dropped.set)
+    assert dropped.wait(PATIENCE) and not ended.is_set()
 
 
 def test_the_end_writes_what_has_come(journal: Broken) -> None:

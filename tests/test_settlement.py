@@ -26,6 +26,7 @@ import pytest
 
 from acceptance.kit import Answer, Trader, in_time, wait_for
 from httptrading.brokers.base import OPERATIONS, BaseBroker
+from httptrading.brokers.group_commit import GroupCommit
 from httptrading.brokers.journal import (
     NOT_PLACED,
     PLACED,
@@ -35,6 +36,7 @@ from httptrading.brokers.journal import (
     OrderRequest,
     Outcome,
 )
+from httptrading.brokers.worker import Call
 from httptrading.errors import (
     BrokerUnavailable,
     HttpTradingError,
@@ -768,6 +770,42 @@ def test_cancel_all_needs_no_body(on: Stage) -> None:
     assert (node["orderId"], node["requested"]) == (order_id, True)
 
 
+def open_orders(on: Stage, count: int) -> list[str]:
+    """So many more at the broker, which the journal has not heard of."""
+    ids = [str(80_000_000 + number) for number in range(count)]
+    on.script.orders += [OrderReport(Order(order_id, "USD", 10), contract=AAPL) for order_id in ids]
+    return ids
+
+
+def test_cancel_all_does_not_wait_for_the_disk(on: Stage) -> None:
+    trader: Trader = on.trader()
+    ids = [trader.placed(LIMIT_ORDER), *open_orders(on, 2)]
+    gate = threading.Event()
+    on.gateway._journal._commits.post(lambda connection: gate.wait(300))
+    try:
+        nodes = trader.post("order/cancel-all", {})["orders"]
+    finally:
+        gate.set()
+    assert {node["orderId"] for node in nodes if node["requested"]} == set(ids), nodes
+    assert len(on.script.calls("cancel_order")) == 3
+
+
+def test_cancel_all_leaves_none_out(on: Stage) -> None:
+    ids = open_orders(on, 1001)
+    nodes = on.trader().post("order/cancel-all", {}, timeout=30)["orders"]
+    assert {node["orderId"] for node in nodes} == set(ids)
+
+
+def test_cancel_all_ends_by_its_deadline(on: Stage) -> None:
+    open_orders(on, 3)
+    with on.script.hold("cancel_order"):
+        answer = on.trader().post("order/cancel-all", {}, timeout=1)
+    begun, *others = answer["orders"]
+    assert not begun["requested"] and "no clear answer" in begun["ex"], answer
+    assert all("nothing was sent" in node["ex"] for node in others), answer
+    assert len(on.script.calls("cancel_order")) == 1
+
+
 def test_cancel_all_tells_of_what_it_cannot_reach(tmp_path: Path) -> None:
     with stage(tmp_path) as on:
         on.ready()
@@ -985,3 +1023,79 @@ def test_a_disk_that_hangs_holds_no_question_up(on: Stage) -> None:
         lambda: on.gateway._journal.by_order_id(INSTANCE, order_id).order.filled_qty == 4,
         "what was seen to be written",
     )
+
+
+def test_memory_is_not_older_than_the_journal(on: Stage) -> None:
+    """A final state that the list has told is not taken back by what was asked before it."""
+    trader: Trader = on.trader()
+    order_id = trader.placed(LIMIT_ORDER)
+
+    def state() -> dict[str, Any]:
+        remembered = {"Cache-Control": "max-age=60"}
+        query = {"orderId": order_id}
+        return trader.request("GET", "order/state", query=query, headers=remembered)["order"]
+
+    def at_the_broker(**fields: Any) -> None:
+        now = replace(on.script.orders[0].order, **fields)
+        on.script.orders[0] = replace(on.script.orders[0], order=now)
+
+    at_the_broker(filled_qty=3)
+    assert state()["filledQty"] == 3
+    at_the_broker(filled_qty=5, is_canceled=True)
+    assert trader.orders()["orders"][0]["isCanceled"] is True
+    found = state()
+    assert (found["filledQty"], found["isCanceled"], found["isCompleted"]) == (5, True, True)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        OrderReport(Order("1", "USD", 1, error_reason="half \ud83d of it"), contract=AAPL),
+        OrderReport(Order("1", "USD", 1), mark="\ud83d", contract=AAPL),
+        OrderReport(Order("1", "USD", 1), contract=AAPL, time=datetime.min),
+    ],
+)
+def test_one_odd_order_costs_no_other(on: Stage, odd: OrderReport) -> None:
+    trader: Trader = on.trader()
+    on.script.orders.append(odd)
+    on.script.do["place_order"] = accepting(on.script, LOST)
+    unknown(trader.place(LIMIT_ORDER, key="k"))
+    placed = until(lambda: trader.state(key="k"), "")["order"]["orderId"]
+    listed = trader.orders()["orders"]
+    assert {node["orderId"] for node in listed} == {"1", placed}
+
+
+def test_half_a_character_in_a_refusal(on: Stage) -> None:
+    """json.loads makes one of an escape that was cut."""
+    on.script.do["place_order"] = raising(Rejected("no margin \ud83d"))
+    for _ in range(2):
+        answer = on.trader().place(LIMIT_ORDER, key="k")
+        assert (answer.status, answer.code) == (422, "BROKER_REJECTED"), answer
+        assert answer["ex"] == "no margin ?"
+    assert len(on.script.calls("place_order")) == 1
+
+
+def test_a_deadline_that_has_passed_is_no_rate_limit(on: Stage) -> None:
+    worker = on.gateway.instance(INSTANCE)._worker("cash")
+    with pytest.raises(TimedOut, match="nothing was sent"):
+        worker.submit(Call("cash", {}, time.monotonic() - 0.01))
+
+
+@pytest.mark.parametrize(("kind", "soon"), [(ScriptedBroker, True), (NoListing, False)])
+def test_only_an_order_that_can_be_found_again_need_not_reach_the_disk(
+    tmp_path: Path, kind: type[ScriptedBroker], soon: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut the row says `sending`: without a listing nobody could tell its order."""
+    asked: list[bool] = []
+    post = GroupCommit.post
+
+    def noting(commits: Any, body: Any, *, short: Any = None, soon: bool = False) -> Any:
+        asked.append(soon)
+        return post(commits, body, short=short, soon=soon)
+
+    with stage(tmp_path, kind=kind, hard_limit=60.0) as on:
+        wait_for(lambda: on.trader().cash().ok, "the broker")
+        monkeypatch.setattr(GroupCommit, "post", noting)
+        on.trader().placed(LIMIT_ORDER)
+        monkeypatch.undo()
+    assert asked[:2] == [False, soon]
