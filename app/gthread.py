@@ -2,9 +2,10 @@
 threads that stay a moment with a connection they have answered.
 
 Measured on gunicorn 27.0: a client that sent `Connection: close` and does not close its side holds
-the worker's main loop for 2 s (`close_graceful` runs there, workers/gthread.py:503), and every
-connection that sends nothing holds a thread for 5 s (`wait_for_data`, :522). Both are cheap to send
-and cost every other client its answer.
+the worker's main loop for 2 s (`close_graceful` runs there, workers/gthread.py:503), every
+connection that sends nothing holds a thread for 5 s (`wait_for_data`, :522), a body that never
+comes another 5 s after its answer (`_keepalive_after`, :580), and a request that drips in holds one
+without end. All are cheap to send and cost every other client its answer.
 """
 
 from __future__ import annotations
@@ -12,19 +13,31 @@ from __future__ import annotations
 import errno
 import select
 import socket
+import ssl
 import struct
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from selectors import EVENT_READ
 from typing import Any
 
 from gunicorn import util
+from gunicorn.http.unreader import SocketUnreader
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
 SILENCE = 10
-"""Seconds a connection may be silent: before its first byte, or in the middle of a request."""
+"""Seconds a connection may be silent before its first byte, and a request may take to come in."""
+
+HASTE = 1.0
+"""The same for a request while other connections wait for a thread."""
+
+LOOK = 0.25
+"""Seconds between two looks at whether they do."""
+
+LEFTOVER = 0.05
+"""Seconds that a body which nobody has read may still take to come in, after the answer."""
 
 LINGER = 0.25
 """Seconds for a client to close after the last answer, so that it surely arrives."""
@@ -32,6 +45,50 @@ LINGER = 0.25
 STAY = 0.1
 """Seconds that a thread waits for the next request on the connection it has answered, while no
 other connection needs it: a client that polls is spared two changes of thread."""
+
+
+class Connection(TConn):  # type: ignore[misc]
+    """A client's connection; `is_crowded` tells whether others wait for a thread."""
+
+    def __init__(self, *arguments: Any, is_crowded: Callable[[], bool]) -> None:
+        super().__init__(*arguments)
+        self.began = time.monotonic()  # a thread was taken for the current request
+        self._is_crowded = is_crowded
+
+    def init(self) -> None:
+        if self.initialized:
+            return
+        super().init()
+        if not self.is_http2:
+            self.parser.unreader = Unreader(self)
+
+    def left(self) -> float:
+        """The seconds that the current request may still take to come in."""
+        allowed = HASTE if self._is_crowded() else SILENCE
+        return self.began + allowed - time.monotonic()
+
+
+class Unreader(SocketUnreader):  # type: ignore[misc]
+    """Reads a request; one that takes too long ends as if the client had hung up."""
+
+    def __init__(self, conn: Connection) -> None:
+        super().__init__(conn.sock)
+        self._conn = conn
+        self._poll = select.poll()
+        self._poll.register(conn.sock, select.POLLIN)
+        self.unread(conn.parser.unreader.take_buffered())
+
+    def chunk(self, *size_hint: Any) -> bytes:
+        while (left := self._conn.left()) > 0:
+            pending = isinstance(self.sock, ssl.SSLSocket) and self.sock.pending()
+            if pending or self._poll.poll(min(left, LOOK) * 1000):
+                found: bytes = super().chunk(*size_hint)
+                return found
+        return b""
+
+    def has_more(self) -> bool:
+        """Whether the next request has come in already, behind the last one."""
+        return bool(self.buf.getbuffer().nbytes)
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
@@ -71,7 +128,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         span = struct.pack("ll", SILENCE, 0)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, span)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, span)
-        conn = TConn(self.cfg, client, address, listener.getsockname())
+        conn = Connection(
+            self.cfg, client, address, listener.getsockname(), is_crowded=self._is_crowded
+        )
         conn.timeout = time.monotonic() + SILENCE
         self.nr_conns += 1
         self.pending_conns.append(conn)
@@ -81,15 +140,27 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """Serves what comes at once on the connection; lingers after the last answer in this
         thread, so that what the main loop does then is quick."""
         try:
-            keep = super().handle(conn)
+            keep = self._handle_one(conn)
             while keep is True and self._next_comes(conn):
-                keep = super().handle(conn)
+                keep = self._handle_one(conn)
             if not keep:
                 util.close_graceful(conn.sock, timeout=LINGER)
             return keep
         finally:
             with self._tally:
                 self._jobs -= 1
+
+    def _handle_one(self, conn: Any) -> Any:
+        conn.began = time.monotonic()
+        return super().handle(conn)
+
+    def _keepalive_after(self, conn: Any, keepalive: bool) -> bool:
+        """A body that is not there is not waited for; the connection ends instead."""
+        end = time.monotonic() + LEFTOVER
+        return bool(keepalive and conn.parser.finish_body(deadline=end))
+
+    def _is_crowded(self) -> bool:
+        return self._jobs > int(self.cfg.threads)
 
     def _next_comes(self, conn: Any) -> bool:
         """Waits a moment for the connection's next request, unless another one waits for a thread;
@@ -99,7 +170,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
                 return False
             self._staying += 1
         try:
-            return self.alive and self._readable(conn.sock)
+            has_more = not conn.is_http2 and conn.parser.unreader.has_more()
+            return self.alive and (has_more or self._readable(conn.sock))
         finally:
             with self._tally:
                 self._staying -= 1

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -206,16 +207,21 @@ def test_silent_connections_take_no_thread(service: Service) -> None:
         assert time.monotonic() - began < 15
 
 
-def test_a_thread_that_stays_with_its_client_is_called_back(service: Service) -> None:
-    """Both threads wait an hour for their clients' next requests, and a third client comes."""
-    patient = service.directory / "patient.conf.py"
-    patient.write_text(
+def patient(service: Service) -> str:
+    """A configuration file with which threads wait an hour for their clients' next requests."""
+    path = service.directory / "patient.conf.py"
+    path.write_text(
         f"exec(open({str(ROOT / 'gunicorn.conf.py')!r}).read())\n"
         "from httptrading.app import gthread\n"
         "gthread.STAY = 3600\n"
     )
+    return str(path)
+
+
+def test_a_thread_that_stays_with_its_client_is_called_back(service: Service) -> None:
+    """Both threads wait for their clients' next requests, and a third client comes."""
     with (
-        service.running("-c", str(patient), "--threads", "2"),
+        service.running("-c", patient(service), "--threads", "2"),
         contextlib.ExitStack() as stack,
     ):
         clients = [
@@ -229,6 +235,50 @@ def test_a_thread_that_stays_with_its_client_is_called_back(service: Service) ->
         for client in (*clients, *reversed(clients), *clients):
             client.request("GET", "/httptrading/healthz")
             assert json.load(client.getresponse()) == {"status": "ok"}
+
+
+def test_a_request_that_drips_in_holds_nobody_up(service: Service) -> None:
+    """Two threads, and four clients whose headers never end."""
+    stop = threading.Event()
+
+    def drip(client: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            client.sendall(b"GET /httptrading/healthz HTTP/1.1\r\nX-Slow: ")
+            while not stop.wait(0.2):
+                client.sendall(b"x")
+
+    with service.running("--threads", "2"), contextlib.ExitStack() as stack:
+        threads = [
+            threading.Thread(target=drip, args=(stack.enter_context(service.connect()),))
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            assert service.get("healthz") == {"status": "ok"}
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+
+def test_a_body_that_never_comes_is_not_waited_for(service: Service) -> None:
+    """gunicorn waits 5 s for each of them, after its answer: 100 s in all with two threads."""
+    request = b"POST /httptrading/api/nobody/order/place HTTP/1.1\r\nHost: x\r\n"
+    with service.running("--threads", "2"), contextlib.ExitStack() as stack:
+        for _ in range(40):
+            client = stack.enter_context(service.connect())
+            client.sendall(request + b"Content-Length: 100\r\n\r\n")
+        assert service.get("healthz") == {"status": "ok"}
+
+
+def test_requests_sent_together_are_answered_together(service: Service) -> None:
+    """The thread would wait an hour for the socket, while the next request is in its buffer."""
+    with service.running("-c", patient(service)), service.connect() as client:
+        client.sendall(b"GET /httptrading/healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 3)
+        answers = b""
+        while answers.count(b'{"status": "ok"}') < 3:
+            answers += client.recv(65536)
 
 
 def test_half_a_request_is_given_up(service: Service) -> None:
