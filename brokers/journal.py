@@ -162,6 +162,9 @@ LENGTHS = (1, 8, 64, 512)
 """Of the lists of names in a statement: each connection keeps what it has prepared, for each
 length anew. SQLite takes 999 values at least."""
 
+STARTS_WITHIN, OPENS_WITHIN = 5.0, 0.2
+"""Seconds for which the start, and a request, wait for the journal to be opened."""
+
 TOO_SLOW = "The order journal is too slow (is the disk overloaded?); nothing was sent."
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = ((),)
@@ -298,6 +301,7 @@ class Journal:
         self._asking = threading.Lock()
         self._asked: sa.PoolProxiedConnection | None = None
         self._opening = threading.Lock()
+        self._attempt: Future[str] | None = None
         self._closed = False
         self._gateway_id: str | None = None
         self._file: Path | None = None
@@ -307,7 +311,7 @@ class Journal:
             sa.event.listen(self._writer, "connect", _sqlite_connect)
             sa.event.listen(self._writer, "begin", _sqlite_begin)
         try:
-            self._open()
+            self._open(STARTS_WITHIN)
         except Busy:
             log.error("orders are refused until the journal can be opened")
 
@@ -727,13 +731,38 @@ class Journal:
                 "The order journal cannot be read, so this request has sent nothing.", retry_after=5
             ) from None
 
-    def _open(self) -> str:
-        """Creates or upgrades the tables once; returns this gateway's own id."""
+    def _open(self, patience: float = OPENS_WITHIN) -> str:
+        """Creates or upgrades the tables once; returns this gateway's own id, or raises Busy.
+
+        A database that is locked, or a server that does not answer, may hold an attempt for as
+        long as it likes, so each has a thread of its own, and nobody waits for it longer.
+        """
         if self._gateway_id is None:
             with self._opening:
-                if self._gateway_id is None:
-                    self._gateway_id = self._current() or self._migrate()
+                attempt = self._attempt
+                if attempt is None or attempt.done() and attempt.exception() is not None:
+                    attempt = self._attempt = Future()
+                    threading.Thread(
+                        target=self._try_to_open,
+                        args=(attempt,),
+                        name="httptrading-journal-open",
+                        daemon=True,
+                    ).start()
+            try:
+                self._gateway_id = attempt.result(patience)
+            except TimeoutError:
+                raise Busy(
+                    "The order journal is still being opened (is its database locked?); nothing "
+                    "was sent.",
+                    retry_after=1,
+                ) from None
         return self._gateway_id
+
+    def _try_to_open(self, attempt: Future[str]) -> None:
+        try:
+            attempt.set_result(self._current() or self._migrate())
+        except BaseException as error:
+            attempt.set_exception(error)
 
     def _current(self) -> str | None:
         """The gateway's id when there is nothing to create or upgrade: a journal on a full disk

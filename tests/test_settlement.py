@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -1099,3 +1100,24 @@ def test_only_an_order_that_can_be_found_again_need_not_reach_the_disk(
         on.trader().placed(LIMIT_ORDER)
         monkeypatch.undo()
     assert asked[:2] == [False, soon]
+
+
+def test_a_journal_that_is_locked_from_the_start_holds_nothing_up(tmp_path: Path) -> None:
+    """Nothing is placed, the broker's own orders can be cancelled, and all ends in time."""
+    locked = sqlite3.connect(tmp_path / "journal.sqlite", isolation_level=None)
+    locked.execute("BEGIN EXCLUSIVE")
+    try:
+        with stage(tmp_path, hard_limit=60.0) as on:
+            trader: Trader = on.trader()
+            wait_for(lambda: trader.cash().ok, "the broker")
+            (order_id,) = open_orders(on, 1)
+            with ThreadPoolExecutor(4) as pool:
+                answers = list(pool.map(lambda _: trader.place(LIMIT_ORDER, timeout=1), range(4)))
+            assert {answer.code for answer in answers} <= {"BUSY", "TIMEOUT"}, answers
+            assert max(answer.seconds for answer in answers) < 20
+            assert trader.cancel(order_id).ok
+            assert on.script.calls("place_order") == []
+            locked.execute("ROLLBACK")
+            assert until(lambda: trader.place(LIMIT_ORDER, key="k"), "").ok
+    finally:
+        locked.close()
