@@ -65,9 +65,12 @@ PIN_REFUSAL = "refused-pin"
 LISTING_DAYS = 9  # a gateway that was down over a long weekend finds its orders
 HISTORY_DAYS = 90  # what one history request spans at most
 REFUSED = -1  # Common.proto RetType_Failed; -100, -200, -400 and -500 leave the outcome open
-OFTEN = re.compile(r"频率太高|頻率太高|too (high|often|frequent)|frequen", re.IGNORECASE)
+OFTEN = re.compile(r"频率太高|頻率太高|频繁|頻繁|too (high|often|frequent)|frequen", re.IGNORECASE)
 LOCKED = re.compile(r"解锁|解鎖|unlock", re.IGNORECASE)
-DOUBTFUL = re.compile(r"超时|超時|逾时|time.?out|timed out|网络|網絡|network", re.IGNORECASE)
+DOUBTFUL = re.compile(
+    r"超时|超時|逾时|time.?out|timed out|网络|網絡|network|断开|斷開|disconnect|no response",
+    re.IGNORECASE,
+)
 WRONG_PIN = re.compile(r"密码|密碼|password|pwd", re.IGNORECASE)
 
 

@@ -567,7 +567,8 @@ class Journal:
     def record_fills(
         self, instance_id: str, fills: Iterable[Fill], *, deadline: float | None = None
     ) -> None:
-        """Keeps executions; a known one changes nothing. `deadline` as in `record`."""
+        """Keeps executions; one told again replaces what was told before (a broker corrects it).
+        `deadline` as in `record`."""
         with self._connected() as connection:
             new = [fill for fill in fills if not self._has_fill(connection, instance_id, fill)]
         if new:
@@ -578,24 +579,30 @@ class Journal:
     def _insert_fills(self, connection: sa.Connection, instance_id: str, fills: list[Fill]) -> None:
         for fill in fills:
             if not self._has_fill(connection, instance_id, fill):
-                connection.execute(
-                    sa.insert(_fills).values(
-                        instance_id=instance_id,
-                        order_id=fill.order_id,
-                        fill_id=fill.fill_id,
-                        qty=_text(fill.qty),
-                        price=_text(fill.price),
-                        time=fill.time.timestamp(),
-                    )
-                )
+                named = {
+                    "instance_id": instance_id,
+                    "order_id": fill.order_id,
+                    "fill_id": fill.fill_id,
+                }
+                told = {
+                    "qty": _text(fill.qty),
+                    "price": _text(fill.price),
+                    "time": fill.time.timestamp(),
+                }
+                corrected = connection.execute(sa.update(_fills).filter_by(**named).values(**told))
+                if not corrected.rowcount:
+                    connection.execute(sa.insert(_fills).values(**named, **told))
 
     @staticmethod
     def _has_fill(connection: sa.Connection, instance_id: str, fill: Fill) -> bool:
+        """As it is told now."""
         found = connection.execute(
             sa.select(_fills.c.time).where(
                 _fills.c.instance_id == instance_id,
                 _fills.c.order_id == fill.order_id,
                 _fills.c.fill_id == fill.fill_id,
+                _fills.c.qty == _text(fill.qty),
+                _fills.c.price == _text(fill.price),
             )
         )
         return found.first() is not None

@@ -330,6 +330,16 @@ def test_numbers_are_exact(journal: Journal) -> None:
     assert row_of(journal, row_id).order.avg_price == Decimal("0.0000001")
 
 
+def test_a_fill_that_is_corrected(journal: Journal) -> None:
+    """A broker tells the same execution again, with another quantity or price."""
+    now = datetime.now(UTC)
+    journal.record_fills(ID, [Fill("f", "1", 5, Decimal("1.1"), now)])
+    journal.record_fills(ID, [Fill("f", "1", 10, Decimal("1.1"), now)])
+    journal.record_fills(ID, [Fill("f", "1", 10, Decimal("1.2"), now)])
+    (fill,) = journal.fills(ID, "1")
+    assert (fill.qty, fill.price) == (10, Decimal("1.2"))
+
+
 def test_fills(journal: Journal) -> None:
     now = datetime.now(UTC)
     fills = [
