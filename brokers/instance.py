@@ -430,7 +430,7 @@ class Instance:
             except Busy:
                 settled = False  # the journal, which was readable just now
             if not settled:
-                raise _unknown(key)
+                raise self._unsettled(known)
 
     def _found(self, key: str) -> Placed | None:
         """The replayed answer for an order that is known to be at the broker."""
@@ -704,7 +704,7 @@ class Instance:
                 answers.append((order.order_id, error))
         with suppress(Busy):
             for row in self._journal.unsettled(self.id):
-                answers.append(("", _unknown(row.client_order_id or "")))
+                answers.append(("", self._unsettled(row)))
         return answers
 
     def _open_orders(self, deadline: float) -> list[Order]:
@@ -866,7 +866,7 @@ class Instance:
     def _order_id_of(self, row: JournalOrder) -> str:
         """Raises when the row has no order at the broker, or not one that is known yet."""
         if row.state in UNSETTLED:
-            raise _unknown(row.client_order_id or "")
+            raise self._unsettled(row)
         if row.state == NOT_PLACED:
             raise OrderNotFound(
                 f"The order was not placed; clientOrderId {row.client_order_id} may be used again."
@@ -874,6 +874,19 @@ class Instance:
         if row.state == REFUSED:
             raise OrderNotFound(f"The broker refused the order: {row.order.error_reason}")
         return row.order_id
+
+    def _unsettled(self, row: JournalOrder) -> OutcomeUnknown:
+        """Which may be for good: then only the trader can find out."""
+        key = row.client_order_id or ""
+        if not self.lists_orders or row.created >= self.broker.listed_since(datetime.now(UTC)):
+            return _unknown(key)
+        error = OutcomeUnknown(
+            "The order was sent so long ago that the broker's lists no longer tell what became of "
+            "it. Look for it in the broker's own app; when it surely is not there, send it under "
+            "another clientOrderId."
+        )
+        error.client_order_id = key
+        return error
 
     # --- what the workers tell (Listener) -------------------------------------------------------
     def on_reports(self, reports: Iterable[OrderReport]) -> None:

@@ -211,7 +211,9 @@ def test_listings_prove_nothing_of_what_they_do_not_reach(
         on.script.do["place_order"] = raising(OutcomeUnknown("Lost."))
         unknown(trader.place(LIMIT_ORDER, key="k"))
         wait_for(lambda: "do not reach back" in caplog.text, "a listing that proves nothing")
-        unknown(trader.place(LIMIT_ORDER, key="k", timeout=1))
+        again = trader.place(LIMIT_ORDER, key="k", timeout=1)
+        unknown(again)
+        assert "in the broker's own app" in again["ex"] == trader.state(key="k")["ex"]
         assert len(on.script.calls("place_order")) == 1
     del on.script.do["place_order"]
     assert until(lambda: trader.place(LIMIT_ORDER, key="k"), "").ok  # settled by the lists
