@@ -36,6 +36,7 @@ from httptrading.app.bulkhead import Bulkhead
 from httptrading.app.config import Settings
 from httptrading.app.metrics import Metrics
 from httptrading.brokers.gateway import Gateway
+from httptrading.brokers.worker import asked_by
 from httptrading.errors import HttpTradingError
 from httptrading.schemas.numbers import dump_json
 from httptrading.schemas.response import OrderNode
@@ -92,6 +93,7 @@ class Service:
         if admitted is None or route is None:
             return not_found()
         request_id = request_id_of(request)
+        asked_by.set(request_id)
         outcome = "OK"
         try:
             with self._bulkhead.place(admitted) if self._bulkhead else nullcontext():

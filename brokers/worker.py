@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,6 +91,10 @@ class Listener(Protocol):
     def quote_of(self, instance_id: str, contract: Contract) -> Quote: ...
 
 
+asked_by: ContextVar[str] = ContextVar("asked_by", default="")
+"""The id of the request that this thread serves; for the log."""
+
+
 class Call(Future[Any]):
     """One operation to run. `deadline` is in `time.monotonic()` seconds."""
 
@@ -118,6 +123,7 @@ class Call(Future[Any]):
         self.finish = finish
         self.ready = ready
         self.began: float | None = None  # when the lane took it up, monotonic
+        self.asked_by = asked_by.get()
 
     @property
     def is_cancel(self) -> bool:
@@ -581,6 +587,13 @@ class _Lane(threading.Thread):
             )
         except HttpTradingError as raised:
             error = raised
+            if isinstance(raised, InternalError):  # in a thread or a child process, which knows
+                log.error(  # nothing of requests
+                    "worker %s: %s failed, as said right before",
+                    self._worker.name,
+                    call.operation,
+                    extra={"request_id": call.asked_by},
+                )
         except BaseException as raised:
             log.exception("worker %s: %s failed", self._worker.name, call.operation)
             error = (

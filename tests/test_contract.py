@@ -885,6 +885,8 @@ def test_nothing_of_an_unexpected_exception_gets_out(
             check_error(answer, 504, "TIMEOUT", retryable=True)
         else:
             check_error(answer, 500, "INTERNAL")
+            named = [getattr(record, "request_id", "") for record in caplog.records]
+            assert answer.error["requestId"] in named, "the log has it under the request id"
     for answer in changes:
         check_error(answer, 504, "OUTCOME_UNKNOWN", outcome="unknown")
     on.script.do.clear()
