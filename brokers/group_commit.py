@@ -12,7 +12,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 import sqlalchemy as sa
@@ -175,9 +175,10 @@ class GroupCommit:
         return self._held
 
     def _let_go(self) -> None:
-        if self._held is not None:
-            self._held.close()
-            self._held = None
+        held, self._held = self._held, None
+        if held is not None:
+            with suppress(SQLAlchemyError, sqlite3.Error):  # it may be the one that has just failed
+                held.close()
 
     @contextmanager
     def _begin(self) -> Iterator[sa.Connection]:

@@ -634,7 +634,9 @@ class Instance:
         if price is None:
             try:
                 price = _decimal(self.quote(request.contract, deadline).latest)
-            except HttpTradingError:
+            except HttpTradingError as error:
+                if error.retryable:
+                    raise
                 raise Unsupported(
                     "max_order_value is set for this instance, and there is no quote to value a "
                     "market order with. Use a limit order."

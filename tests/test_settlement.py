@@ -858,6 +858,9 @@ def test_max_order_value(tmp_path: Path) -> None:
         on.script.do["quote"] = raising(OrderNotFound("no quote"))
         unpriced = trader.place({**market, "qty": 1, "ticker": "MSFT"})
         assert unpriced.code == "UNSUPPORTED" and "limit order" in unpriced.body["ex"]
+        on.script.do["quote"] = raising(TimedOut("Slow."))
+        later = trader.place({**market, "qty": 1, "ticker": "QQQ"})
+        assert (later.code, later.error["outcome"]) == ("TIMEOUT", "none"), "may work next time"
 
 
 # --- a disk that takes nothing more -------------------------------------------------------------
