@@ -17,6 +17,7 @@ SIGNIFICANT_DIGITS = 15
 is how some SDKs carry prices."""
 
 _CLIENT_ORDER_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_DIGITS = re.compile(r"[0-9]{1,9}")
 _ORDER_ID = re.compile(r"[\x21-\x7e]{1,64}")
 
 
@@ -105,6 +106,17 @@ class Text(fields.Field[str]):
         if not isinstance(value, str) or self.form.fullmatch(value) is None:
             raise ValidationError(self.sentence)
         return value
+
+
+class Digits(fields.Integer):
+    """A whole number in a query: ASCII digits alone, where `int()` takes those of any script."""
+
+    def _deserialize(
+        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any
+    ) -> int:
+        if not isinstance(value, str) or _DIGITS.fullmatch(value) is None:
+            raise self.make_error("invalid")
+        return int(value)
 
 
 def client_order_id(**kwargs: Any) -> Text:

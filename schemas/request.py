@@ -25,6 +25,7 @@ from marshmallow import (
 
 from httptrading.model import Contract, Lifecycle, OrderType, TimeInForce, TradeType
 from httptrading.schemas.fields import (
+    Digits,
     EnumName,
     OneOf,
     Price,
@@ -241,7 +242,7 @@ class OrderListQuery(Schema):
         default_timezone=UTC,
         error_messages={"invalid": "must be a time like 2025-05-28T05:20:07Z"},
     )
-    limit = fields.Integer(
+    limit = Digits(
         load_default=100,
         validate=validate.Range(1, MOST_LISTED, error=_LIMIT_SENTENCE),
         error_messages={"invalid": _LIMIT_SENTENCE},
