@@ -1,6 +1,7 @@
 """What comes in: bodies and queries of the routes, loaded into the model's objects.
 
 Bodies refuse unknown keys (a misspelt `price` must not become a market order); queries ignore them.
+What is wrong with a field is told as a predicate: the answer's `ex` puts the field's name before it.
 """
 
 from __future__ import annotations
@@ -92,10 +93,14 @@ class _ContractFields(Schema):
     @validates_schema(skip_on_field_errors=False)
     def check_ticker(self, data: Mapping[str, Any], **kwargs: Any) -> None:
         if "region" in data and "ticker" in data:
-            try:
-                canonical_ticker(data["region"], data["ticker"])
-            except ValueError as error:
-                raise ValidationError(str(error), "ticker") from None
+            _canonical(data["region"], data["ticker"])
+
+
+def _canonical(region: str, ticker: str) -> str:
+    try:
+        return canonical_ticker(region, ticker)
+    except ValueError as error:
+        raise ValidationError(f"is not valid: {error}", "ticker") from None
 
 
 def _contract(data: Mapping[str, Any]) -> Contract:
@@ -133,10 +138,7 @@ class PositionQuery(Schema):
         if ticker is not None:
             if region is None:
                 raise ValidationError("needs region beside it", "ticker")
-            try:
-                ticker = canonical_ticker(region, ticker)
-            except ValueError as error:
-                raise ValidationError(str(error), "ticker") from None
+            ticker = _canonical(region, ticker)
         return {"region": region, "ticker": ticker}
 
 
@@ -167,9 +169,9 @@ class PlaceOrder(_ContractFields):
     def check_price(self, data: Mapping[str, Any], original: Any, **kwargs: Any) -> None:
         given = isinstance(original, Mapping) and original.get("price") is not None
         if data.get("orderType") is OrderType.Limit and not given:
-            raise ValidationError("a limit order needs a price", "price")
+            raise ValidationError("is missing: a limit order needs a price", "price")
         if data.get("orderType") is OrderType.Market and given:
-            raise ValidationError("a market order takes no price; leave it out", "price")
+            raise ValidationError("must be left out: a market order takes no price", "price")
 
     @post_load
     def to_body(self, data: Mapping[str, Any], **kwargs: Any) -> PlaceBody:
@@ -191,8 +193,10 @@ class _OrderNameFields(Schema):
 
     @validates_schema
     def check_one(self, data: Mapping[str, Any], **kwargs: Any) -> None:
-        if ("orderId" in data) == ("clientOrderId" in data):
-            raise ValidationError("give either orderId or clientOrderId", "orderId")
+        if "orderId" in data and "clientOrderId" in data:
+            raise ValidationError("cannot stand beside clientOrderId; give one of them", "orderId")
+        if not data:
+            raise ValidationError("is missing; give it or clientOrderId", "orderId")
 
     @post_load
     def to_name(self, data: Mapping[str, Any], **kwargs: Any) -> OrderName:

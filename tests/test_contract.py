@@ -301,6 +301,9 @@ def check_error(
     known = ["code", "retryable", "outcome", "fields", "clientOrderId", "requestId"]
     assert list(error) == [name for name in known if name in error]
     assert (error["code"], error["outcome"], error["retryable"]) == (code, outcome, retryable)
+    for name, texts in error.get("fields", {}).items():
+        for text in texts:  # a predicate: `ex` reads "<name> <text>"
+            assert re.match("(must|is|needs|differs|cannot) ", text), (name, text)
     assert error["requestId"] == answer.headers["X-Request-ID"]
     assert ("Retry-After" in answer.headers) == (status in (429, 503)), answer.headers
     if status in (429, 503):
