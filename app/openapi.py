@@ -22,6 +22,15 @@ from httptrading.schemas import fields, request, response
 
 Json = dict[str, Any]
 
+
+class _QuoteQuery(request.ContractQuery):
+    """As parameters have it, which cannot say that one of the two is needed."""
+
+    ticker = fields.Text(request.ANY_TEXT, "", metadata={"description": "Or symbol; one is needed."})
+    symbol = fields.Text(request.ANY_TEXT, "", metadata={"description": "Another name of ticker."})
+
+
+
 _BODY_EXAMPLE = {
     "tradeType": "Securities",
     "ticker": "AAPL",
@@ -449,7 +458,7 @@ def _add_paths(spec: APISpec, prefix: str) -> None:
         "market/quote",
         "A snapshot of one security",
         {"quote": _ref("Quote")},
-        query=request.ContractQuery,
+        query=_QuoteQuery,
     )
     route(
         "get",

@@ -38,7 +38,7 @@ from httptrading.schemas.fields import (
 from httptrading.tickers import REGIONS, canonical_ticker
 
 DIRECTIONS = ("BUY", "SELL")
-_ANY_TEXT = re.compile(r"[\s\S]{1,32}")
+ANY_TEXT = re.compile(r"[\s\S]{1,32}")
 _CURRENCY = re.compile(r"[A-Z]{3}")
 MOST_LISTED = 1000
 """Orders in one answer of order/list."""
@@ -79,7 +79,7 @@ class _ContractFields(Schema):
 
     tradeType = EnumName(TradeType, required=True)
     region = OneOf(REGIONS, required=True)
-    ticker = Text(_ANY_TEXT, "must be a string of 1 to 32 characters", required=True)
+    ticker = Text(ANY_TEXT, "must be a string of 1 to 32 characters", required=True)
 
     @pre_load
     def symbol_is_ticker(self, data: Any, **kwargs: Any) -> Any:
@@ -128,8 +128,8 @@ class PositionQuery(Schema):
 
     tradeType = EnumName(TradeType)
     region = OneOf(REGIONS)
-    ticker = Text(_ANY_TEXT, "must be a string of 1 to 32 characters")
-    symbol = Text(_ANY_TEXT, "must be a string of 1 to 32 characters")
+    ticker = Text(ANY_TEXT, "must be a string of 1 to 32 characters")
+    symbol = Text(ANY_TEXT, "must be a string of 1 to 32 characters")
 
     @post_load
     def canonical(self, data: dict[str, Any], **kwargs: Any) -> dict[str, Any]:

@@ -108,6 +108,12 @@ def test_headers_and_token_are_documented(theater: Stage) -> None:
     assert names == {"HT-TIMEOUT", "X-Request-ID", "Idempotency-Key"}
 
 
+def test_a_quote_is_asked_for_by_ticker_or_symbol(theater: Stage) -> None:
+    quote = document_of(theater.app)["paths"]["/httptrading/api/{instanceId}/market/quote"]["get"]
+    needed = {one["name"]: one["required"] for one in quote["parameters"] if "name" in one}
+    assert needed == {"tradeType": True, "region": True, "ticker": False, "symbol": False}
+
+
 def test_the_prefix_and_the_header_are_those_of_the_service(tmp_path: Any) -> None:
     broker = Paper({}, PAPER, [PAPER_TOKEN])
     blueprint = create_blueprint(
