@@ -26,9 +26,10 @@ Json = dict[str, Any]
 class _QuoteQuery(request.ContractQuery):
     """As parameters have it, which cannot say that one of the two is needed."""
 
-    ticker = fields.Text(request.ANY_TEXT, "", metadata={"description": "Or symbol; one is needed."})
+    ticker = fields.Text(
+        request.ANY_TEXT, "", metadata={"description": "Or symbol; one is needed."}
+    )
     symbol = fields.Text(request.ANY_TEXT, "", metadata={"description": "Another name of ticker."})
-
 
 
 _BODY_EXAMPLE = {
@@ -103,7 +104,10 @@ def openapi_document(settings: Settings, url_prefix: str) -> Json:
     for name, one in _responses().items():
         spec.components.response(name, one)
     _add_paths(spec, url_prefix)
-    return spec.to_dict()
+    document = spec.to_dict()
+    if settings.compat == "1.0":
+        _reword_as_1_0(document)
+    return document
 
 
 def _about(settings: Settings) -> str:
@@ -545,6 +549,52 @@ def _add_paths(spec: APISpec, prefix: str) -> None:
             }
         },
     )
+
+
+def _reword_as_1_0(document: Json) -> None:
+    """One layer over the finished document, as app/compat.py is over the finished answer."""
+    components, schemas = document["components"], document["components"]["schemas"]
+    _add_field(schemas["Contract"], "symbol", {**_STRING, "description": "The same as ticker."})
+    _add_field(schemas["Order"], "isCancelable", _BOOLEAN)
+    schemas["Args"] = {"type": "object", "description": "The request's body as it came."}
+    schemas["ErrorAnswer"] = _envelope({}, ex=_STRING)
+    del schemas["Error"]
+    components["responses"] = {"404": components["responses"]["404"]}
+    _loosen_bodies(schemas)
+    for path, item in document["paths"].items():
+        for operation in item.values():
+            if not isinstance(operation, dict) or "404" not in operation["responses"]:
+                continue  # parameters, and what answers without a token
+            done = operation["responses"]["200"]
+            body = done["content"]["application/json"]
+            if path.endswith("/order/place"):
+                body["schema"]["required"].remove("clientOrderId")
+                del body["schema"]["properties"]["clientOrderId"]
+            elif path.endswith("/order/cancel"):
+                _add_field(body["schema"], "canceled", {"const": True})
+            body["schema"] = {"oneOf": [body["schema"], _ref("ErrorAnswer")]}
+            done["description"] = "Done; or `ex` says what went wrong."
+            operation["responses"] = {"200": done, "404": {"$ref": "#/components/responses/404"}}
+
+
+def _add_field(node: Json, name: str, schema: Json) -> None:
+    node["properties"][name] = schema
+    node["required"].append(name)
+
+
+def _loosen_bodies(schemas: Json) -> None:
+    """What 1.0 took beside the words of today; see `compat.request_body`."""
+    for name in ("PlaceOrder", "CancelOrder", "CancelAll"):
+        del schemas[name]["additionalProperties"]
+    place, cancel = schemas["PlaceOrder"], schemas["CancelOrder"]
+    place["properties"]["price"] = {
+        "type": ["number", "string", "null"],
+        "description": "A number or its text; for a limit order. A market order's is ignored.",
+    }
+    place["allOf"].pop()  # what a price has to do with the kind of order
+    cancel["properties"]["orderId"]["type"] = ["string", "integer"]
+    del cancel["minProperties"], cancel["maxProperties"]
+    cancel["oneOf"] = [{"required": [name]} for name in ("orderId", "clientOrderId")]
 
 
 _TAGS = {

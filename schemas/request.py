@@ -1,7 +1,7 @@
 """What comes in: bodies and queries of the routes, loaded into the model's objects.
 
 Bodies refuse unknown keys (a misspelt `price` must not become a market order); queries ignore them.
-What is wrong with a field is told as a predicate: the answer's `ex` puts the field's name before it.
+What is wrong with a field is told as a predicate: the answer's `ex` puts its name before that.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from acceptance.kit import wait_for
+from acceptance.kit import Answer, wait_for
 from httptrading import Paper, create_app, create_blueprint
 from httptrading.app.answers import HTTP_STATUS
 from httptrading.app.blueprint import METHODS, ROUTES
@@ -47,6 +47,13 @@ def theater(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
 
 @pytest.fixture(scope="module")
+def theater_10(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    with stage(tmp_path_factory.mktemp("scripted"), options={"compat": "1.0"}) as running:
+        running.ready()
+        yield running
+
+
+@pytest.fixture(scope="module")
 def paper_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flask]:
     broker = Paper({"cash": {"USD": 10**9, "HKD": 10**9, "CNY": 10**9}}, PAPER, [PAPER_TOKEN])
     app = create_app(brokers=[broker], data_dir=tmp_path_factory.mktemp("paper"))
@@ -59,8 +66,9 @@ def paper_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flask]:
 
 
 # --- the document --------------------------------------------------------------------------------
-def test_the_document_is_valid_openapi_31(theater: Stage) -> None:
-    document = document_of(theater.app)
+@pytest.mark.parametrize("which", ["theater", "theater_10"])
+def test_the_document_is_valid_openapi_31(which: str, request: pytest.FixtureRequest) -> None:
+    document = document_of(request.getfixturevalue(which).app)
     assert document["openapi"] == "3.1.0"
     schemathesis.openapi.from_dict(document).validate()
     for name, schema in document["components"]["schemas"].items():
@@ -129,8 +137,21 @@ def test_the_prefix_and_the_header_are_those_of_the_service(tmp_path: Any) -> No
         assert app.test_client().get(f"{prefix}/healthz").status_code == 200
 
 
-def test_the_answers_of_a_custom_broker_are_as_documented(theater: Stage) -> None:
+def check_answer(document: dict[str, Any], path: str, answer: Answer) -> None:
     """Field for field: the nodes allow no other fields and miss none."""
+    assert answer.status == 200, answer
+    item = document["paths"][f"/httptrading/api/{{instanceId}}/{path}"]
+    operation = item[ROUTES[path].method.lower()]
+    schema = operation["responses"]["200"]["content"]["application/json"]["schema"]
+    whole = {**schema, "components": document["components"]}
+    jsonschema_rs.validate(whole, answer.body)
+
+
+@pytest.mark.parametrize("which", ["theater", "theater_10"])
+def test_the_answers_of_a_custom_broker_are_as_documented(
+    which: str, request: pytest.FixtureRequest
+) -> None:
+    theater = request.getfixturevalue(which)
     document = document_of(theater.app)
     trader = theater.trader()
     placed = trader.place(LIMIT_ORDER)
@@ -151,12 +172,33 @@ def test_the_answers_of_a_custom_broker_are_as_documented(theater: Stage) -> Non
     }
     assert set(answers) == set(ROUTES)
     for path, answer in answers.items():
-        assert answer.status == 200, answer
-        item = document["paths"][f"/httptrading/api/{{instanceId}}/{path}"]
-        operation = item[ROUTES[path].method.lower()]
-        schema = operation["responses"]["200"]["content"]["application/json"]["schema"]
-        whole = {**schema, "components": document["components"]}
-        jsonschema_rs.validate(whole, answer.body)
+        assert answer.body["ex"] is None, answer
+        check_answer(document, path, answer)
+
+
+def test_compat_10_documents_its_errors_and_its_bodies(theater_10: Stage) -> None:
+    document = document_of(theater_10.app)
+    trader = theater_10.trader()
+    body = {**LIMIT_ORDER, "price": "200.50", "side": "BUY"}
+    for path, answer in (
+        ("order/place", trader.post("order/place", {**body, "qty": 0})),
+        ("order/cancel", trader.post("order/cancel", {"orderId": ""})),
+        ("cash/state", trader.request("PUT", "cash/state")),
+        ("market/quote", trader.get("market/quote", region="US")),
+    ):
+        assert answer["ex"]
+        check_answer(document, path, answer)
+    for name, taken in (
+        ("PlaceOrder", body),
+        ("PlaceOrder", {**body, "orderType": "Market"}),
+        ("CancelOrder", {"orderId": 404, "side": "BUY"}),
+        ("CancelAll", {"side": "BUY"}),
+    ):
+        components = document["components"]
+        jsonschema_rs.validate({**components["schemas"][name], "components": components}, taken)
+    for item in document["paths"].values():
+        for method in set(item) & {"get", "post"}:
+            assert set(item[method]["responses"]) <= {"200", "404"}
 
 
 # --- Schemathesis ------------------------------------------------------------------------------
@@ -177,8 +219,9 @@ def fuzz(case: schemathesis.Case, token: str) -> None:
     response = case.call()
     assert response.status_code != 500, response.text
     unknown = set(case.query) - {parameter.name for parameter in case.operation.query}
-    # Unknown names in a query are ignored, on purpose.
-    left_out = [*LEFT_OUT, negative_data_rejection] if unknown else LEFT_OUT
+    refusals = set(case.operation.definition.raw["responses"]) - {"200", "404"}
+    # Unknown names in a query are ignored, on purpose; compat="1.0" refuses with 200.
+    left_out = [*LEFT_OUT, negative_data_rejection] if unknown or not refusals else LEFT_OUT
     case.validate_response(response, excluded_checks=left_out)
 
 
@@ -208,6 +251,11 @@ def paper_schema(paper_app: Flask) -> Any:
 @pytest.fixture(scope="module")
 def custom_schema(theater: Stage) -> Any:
     return schema_of(theater.app, "ScriptedBroker0000")
+
+
+@pytest.fixture(scope="module")
+def schema_10(theater_10: Stage) -> Any:
+    return schema_of(theater_10.app, "ScriptedBroker0000")
 
 
 def fuzz_operation(schema: Any, path: str, token: str, examples: int) -> None:
@@ -242,6 +290,11 @@ def test_paper_answers_as_documented(paper_schema: Any, path: str) -> None:
 @pytest.mark.parametrize("path", PATHS, ids=route)
 def test_a_custom_broker_answers_as_documented(custom_schema: Any, path: str) -> None:
     fuzz_operation(custom_schema, path, "scriptedToken000000", 8)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=route)
+def test_compat_10_answers_as_documented(schema_10: Any, path: str) -> None:
+    fuzz_operation(schema_10, path, "scriptedToken000000", 8)
 
 
 def test_schemathesis_would_tell(paper_schema: Any) -> None:
