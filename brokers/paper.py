@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 from httptrading.brokers.base import BaseBroker, combine
@@ -57,7 +57,7 @@ from httptrading.model import (
 
 log = logging.getLogger("httptrading.paper")
 
-INITIAL_CASH = {"USD": "100000", "HKD": "800000", "CNY": "700000"}
+INITIAL_CASH = {"USD": 100_000, "HKD": 800_000, "CNY": 700_000}
 HOURS: dict[str, Hours] = {"always": AlwaysOpen(), "exchange": ExchangeHours()}
 PULSE = 1.0  # seconds between two looks at resting orders
 PULSE_BORROWED = 5.0  # the same with another instance's quotes, which have rate limits
@@ -98,10 +98,13 @@ class Paper(BaseBroker):
         super().__init__(broker_args, instance_id, tokens)
         if self.broker_args.get("hours", "always") not in list(HOURS):
             raise ValueError('Paper: hours must be "always" or "exchange"')
+        if not isinstance(self.broker_args.get("fees", True), bool):
+            raise ValueError("Paper: fees must be true or false")
         self._initial_cash = _initial_cash(self.broker_args.get("cash", INITIAL_CASH))
-        self._source = str(self.broker_args.get("quotes_from") or "")
-        if self._source and self._source == self.instance_id:
-            raise ValueError("Paper: quotes_from must name another instance")
+        source = self.broker_args.get("quotes_from")
+        if source is not None and (not isinstance(source, str) or source in ("", self.instance_id)):
+            raise ValueError("Paper: quotes_from must be the id of another instance")
+        self.quotes_from = source
         self._hours = HOURS[self.broker_args.get("hours", "always")]
         self._exchange: PaperExchange | None = None
         self._borrowed: BorrowedPrices | None = None
@@ -118,8 +121,8 @@ class Paper(BaseBroker):
             raise BrokerUnavailable(
                 f"The paper account's directory cannot be made: {error.strerror}"
             ) from error
-        if self._source:
-            self._borrowed = BorrowedPrices(lambda contract: self.quote_of(self._source, contract))
+        if source := self.quotes_from:
+            self._borrowed = BorrowedPrices(lambda contract: self.quote_of(source, contract))
         self._exchange = PaperExchange(
             self.data_dir / "paper.sqlite",
             self._initial_cash,
@@ -145,7 +148,7 @@ class Paper(BaseBroker):
         """Fills and expires resting orders while nobody asks, and tells the gateway."""
         failing = False
         while True:
-            await asyncio.sleep(PULSE_BORROWED if self._source else PULSE)
+            await asyncio.sleep(PULSE_BORROWED if self.quotes_from else PULSE)
             try:
                 if self._borrowed is not None:
                     for region, ticker in self._open.awaited():
@@ -290,10 +293,9 @@ def _initial_cash(given: Any) -> dict[str, Decimal]:
     for currency, amount in given.items():
         if currency not in amounts:
             raise ValueError(f"Paper: no currency {currency!r}, only {', '.join(INITIAL_CASH)}")
-        try:
-            amounts[currency] = Decimal(str(amount))
-        except InvalidOperation:
-            raise ValueError(f"Paper: cash in {currency} must be a number") from None
+        if isinstance(amount, bool) or not isinstance(amount, int | float | Decimal):
+            raise ValueError(f"Paper: cash in {currency} must be a number")
+        amounts[currency] = Decimal(str(amount))
         if not amounts[currency].is_finite() or amounts[currency] < 0:
             raise ValueError(f"Paper: cash in {currency} must be 0 or more")
     return amounts

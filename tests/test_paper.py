@@ -773,8 +773,16 @@ def test_arguments() -> None:
         ({"cash": 5}, "cash must be a table"),
         ({"cash": {"EUR": 5}}, "no currency 'EUR'"),
         ({"cash": {"USD": "many"}}, "must be a number"),
+        ({"cash": {"USD": "5"}}, "must be a number"),
+        ({"cash": {"USD": True}}, "must be a number"),
         ({"cash": {"USD": -1}}, "0 or more"),
+        ({"cash": {"USD": float("nan")}}, "0 or more"),
+        ({"fees": "no"}, "fees must be true or false"),
+        ({"fees": 0}, "fees must be true or false"),
+        ({"hours": ["always"]}, "hours must be"),
         ({"quotes_from": "PaperInstance0001"}, "another instance"),
+        ({"quotes_from": ""}, "another instance"),
+        ({"quotes_from": 5}, "another instance"),
     ):
         with pytest.raises(ValueError, match=words):
             Paper(wrong, "PaperInstance0001")
