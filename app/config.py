@@ -136,11 +136,13 @@ def check_instances(
         for number, instance in enumerate(instances)
     ]
     all_ids = {token_digest(instance.broker.instance_id) for instance in instances}
+    brokers = {instance.broker.instance_id: instance.broker for instance in instances}
     if not instances:
         problems.append("no instance is configured")
     for instance, place in zip(instances, named, strict=True):
         broker = instance.broker
         problems += (f"{place}, {problem}" for problem in _limit_problems(instance))
+        problems += (f"{place}, {problem}" for problem in _quote_problems(instance, brokers))
         if not _INSTANCE_ID.fullmatch(broker.instance_id):
             problems.append(
                 f"{place}, id: must have 16 to 32 characters of A-Z a-z 0-9 _ -, "
@@ -215,6 +217,25 @@ def _limit_problems(instance: InstanceSettings) -> Iterator[str]:
             yield f"max_order_value.{currency}: a currency has three capital letters"
         if not (value.is_finite() and value > 0):
             yield f"max_order_value.{currency}: must be a number above 0"
+
+
+def _quote_problems(
+    instance: InstanceSettings, brokers: Mapping[str, BaseBroker]
+) -> Iterator[str]:
+    """Of one that lives on another's quotes; it would answer "try again" for ever."""
+    broker = instance.broker
+    if broker.quotes_from is None:
+        return
+    if instance.where == "process":
+        yield 'quotes_from: needs isolation = "thread"; a child process cannot ask for quotes'
+    if broker.quotes_from not in brokers:
+        yield "quotes_from: no instance has this id"
+    source: str | None = broker.quotes_from
+    for _ in brokers:
+        if source == broker.instance_id:
+            yield "quotes_from: leads back to this instance, so there is no quote at all"
+            return
+        source = brokers[source].quotes_from if source in brokers else None
 
 
 # --- the file ------------------------------------------------------------------------------------

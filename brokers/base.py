@@ -149,6 +149,9 @@ class BaseBroker:
     quote_regions: ClassVar[frozenset[str] | None] = None
     """Where it has quotes; None: whatever it is asked for."""
 
+    quotes_from: str | None = None
+    """The id of the instance that `quote_of` is asked for, if any; checked before the start."""
+
     def __init__(
         self,
         broker_args: Mapping[str, Any] | None = None,

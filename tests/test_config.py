@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import stat
+import sys
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from httptrading.app.config import (
     token_digest,
 )
 from httptrading.brokers.base import BaseBroker, Window
+from httptrading.brokers.paper import Paper
 from httptrading.brokers.settings import InstanceSettings
 
 ID = "kQ4xV8mT1zR6pW9c"
@@ -311,6 +313,45 @@ def test_brokers_made_in_python_are_checked_alike(
     assert expected in raised.value.problems[0]
     for secret in (ID, *tokens):
         assert secret not in str(raised.value)
+
+
+def paper(instance_id: str, quotes_from: str, **settings: Any) -> InstanceSettings:
+    broker = Paper({"quotes_from": quotes_from}, instance_id, [f"token-of-{instance_id}"])
+    return InstanceSettings(broker, **settings)
+
+
+@pytest.mark.parametrize(
+    ("instances", "expected"),
+    [
+        ([paper("paperPaper000001", ID)], "quotes_from: no instance has this id"),
+        (
+            [paper("paperPaper000001", "paperPaper000002", isolation="process")],
+            'quotes_from: needs isolation = "thread"',
+        ),
+        (
+            [paper("paperPaper000001", "paperPaper000002", python=sys.executable)],
+            'quotes_from: needs isolation = "thread"',
+        ),
+        ([paper("paperPaper000001", "paperPaper000003")], "quotes_from: leads back to this"),
+    ],
+)
+def test_quotes_that_can_never_come_are_refused(
+    instances: list[InstanceSettings], expected: str
+) -> None:
+    others = [
+        InstanceSettings(Paper({}, "paperPaper000002", ["token-of-nobody-02"])),
+        paper("paperPaper000003", "paperPaper000001"),
+    ]
+    with pytest.raises(ConfigurationError) as raised:
+        check_instances([*instances, *others])
+    assert raised.value.problems[0].startswith("brokers[0] (Paper pape…), ")
+    assert expected in raised.value.problems[0]
+
+
+def test_quotes_may_come_from_one_that_borrows_them_itself() -> None:
+    first = InstanceSettings(Paper({}, "paperPaper000001", ["token-of-nobody-01"]))
+    second = paper("paperPaper000002", "paperPaper000001")
+    assert check_instances([paper("paperPaper000003", "paperPaper000002"), second, first]) == ()
 
 
 def test_shared_ids_and_tokens_are_refused(config: Config) -> None:
