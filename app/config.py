@@ -219,9 +219,7 @@ def _limit_problems(instance: InstanceSettings) -> Iterator[str]:
             yield f"max_order_value.{currency}: must be a number above 0"
 
 
-def _quote_problems(
-    instance: InstanceSettings, brokers: Mapping[str, BaseBroker]
-) -> Iterator[str]:
+def _quote_problems(instance: InstanceSettings, brokers: Mapping[str, BaseBroker]) -> Iterator[str]:
     """Of one that lives on another's quotes; it would answer "try again" for ever."""
     broker = instance.broker
     if broker.quotes_from is None:
@@ -235,7 +233,8 @@ def _quote_problems(
         if source == broker.instance_id:
             yield "quotes_from: leads back to this instance, so there is no quote at all"
             return
-        source = brokers[source].quotes_from if source in brokers else None
+        asked = brokers.get(source or "")
+        source = None if asked is None else asked.quotes_from
 
 
 # --- the file ------------------------------------------------------------------------------------
@@ -491,10 +490,8 @@ def _load_file(path: Path, environ: Mapping[str, str], generated: bool = False) 
         place = f"instance {number}"
         if isinstance(table.get("id"), str) and "${" not in table["id"]:
             place += f" ({masked(table['id'])})"
-        instance = _instance(source, place, table)
-        if instance is not None:
-            instances.append(instance)
-            places.append(f"{path.name}: {place}")
+        instances.append(_instance(source, place, table))
+        places.append(f"{path.name}: {place}")
     if instances:
         try:
             source.warnings += check_instances(instances, places)
@@ -572,31 +569,29 @@ def _unknown(key: str, schema: Schema) -> str:
     return "there is no such key" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def _instance(source: _Source, place: str, table: Mapping[str, Any]) -> InstanceSettings | None:
-    """One `[[instance]]`; None when even the checks need more than is there."""
+def _instance(source: _Source, place: str, table: Mapping[str, Any]) -> InstanceSettings:
+    """One `[[instance]]`. Something stands in for what is wrong or missing, which has been told, so
+    that everything else is checked all the same."""
     values = _loaded(source, f"{place}, ", _InstanceSchema(), source.resolved(f"{place}, ", table))
-    if not {"broker", "id", "tokens", "args"} <= values.keys():
-        return None
-    instance_id, tokens = values.pop("id"), values.pop("tokens")
-    broker = _broker(source, place, values.pop("broker"), values.pop("args"), instance_id, tokens)
-    if broker is None:  # the rest can be checked all the same
-        return InstanceSettings(BaseBroker(instance_id=instance_id, tokens=tokens))
     windows = {name: Window(**figures) for name, figures in values.pop("windows", {}).items()}
     python = values.pop("python", None)
     if python is not None:
         found = None if os.sep in python else shutil.which(python)
         python = found or str(source.path.parent / Path(python).expanduser())
+    instance_id = values.pop("id", secrets.token_hex(16))
+    tokens = values.pop("tokens", [secrets.token_hex(16)])
+    name, args = values.pop("broker", None), values.pop("args", None)
+    kind = None if name is None else _broker_class(source, place, name)
+    broker = None
+    if kind is not None and args is not None and f"{place}, args." not in source.failed:
+        broker = _broker(source, place, kind, args, instance_id, tokens)
+    if broker is None:
+        known = {"windows": windows if kind is None else kind.windows}
+        broker = type("StandIn", (BaseBroker,), known)({}, instance_id, tokens)
     return InstanceSettings(broker=broker, windows=windows, python=python, **values)
 
 
-def _broker(
-    source: _Source,
-    place: str,
-    name: str,
-    args: dict[str, Any],
-    instance_id: str,
-    tokens: list[str],
-) -> BaseBroker | None:
+def _broker_class(source: _Source, place: str, name: str) -> type[BaseBroker] | None:
     try:
         found = broker_class(name)
     except ValueError as error:
@@ -610,10 +605,19 @@ def _broker(
     if not issubclass(found, BaseBroker):
         source.problem(f"{place}, broker", f"{name} is not a subclass of BaseBroker")
         return None
-    if f"{place}, args." in source.failed:
-        return None
+    return found
+
+
+def _broker(
+    source: _Source,
+    place: str,
+    kind: type[BaseBroker],
+    args: dict[str, Any],
+    instance_id: str,
+    tokens: list[str],
+) -> BaseBroker | None:
     try:
-        return found(args, instance_id=instance_id, tokens=tokens)
+        return kind(args, instance_id=instance_id, tokens=tokens)
     except KeyError as error:
         source.problem(f"{place}, args", f"{error.args[0]} is missing")
     except Exception as error:

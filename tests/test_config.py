@@ -403,6 +403,44 @@ deadline = 99
 
 
 @pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        ('args = { refuse = true, app_key = "x" }', "args: app_key x is no key"),
+        ('args = { app_key = "${NOT_SET}" }', "args.app_key: the environment variable NOT_SET is"),
+        ('args = "x"', "args: Not a valid mapping type"),
+        ('broker = "Futuu"', "broker: unknown broker 'Futuu'"),
+        ("broker = 5", "broker: Not a valid string"),
+        ("tokens = 5", "tokens: Not a valid list"),
+        ('tokens = ["${NOT_SET}"]', "tokens[0]: the environment variable NOT_SET is not set"),
+        ("id = 5", "id: Not a valid string"),
+        ('read_only = "yes"', "read_only: Not a valid boolean"),
+    ],
+)
+def test_one_mistake_hides_no_other_of_its_instance(
+    config: Config, wrong: str, problem: str
+) -> None:
+    lines = {
+        "broker": f'broker = "{__name__}:ConfiguredBroker"',
+        "id": f'id = "{ID}"',
+        "tokens": f'tokens = ["{TOKEN}"]',
+        "deadline": "deadline = 99",
+        "windows": "windows = { place = { limit = 0, seconds = 1 } }",
+        "ages": "ages = { chash = 1 }",
+    }
+    lines[wrong.partition(" ")[0]] = wrong
+    config.write("\n".join(["[[instance]]", *lines.values()]))
+    problems = config.problems()
+    for expected in (
+        problem,
+        "deadline: must be from 1 to 30 seconds",
+        "windows.place: limit must be 1 or more",
+        "ages.chash: no such operation",
+    ):
+        assert sum(expected in each for each in problems) == 1, (expected, problems)
+    assert len(problems) == 4, problems
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("", "httptrading.toml: instance: at least one [[instance]] is needed"),
