@@ -18,6 +18,7 @@ from httptrading.app.blueprint import Service, make_blueprint
 from httptrading.app.config import (
     Settings,
     check_instances,
+    check_service,
     default_data_dir,
     load_settings,
 )
@@ -75,6 +76,7 @@ def create_blueprint(
         one if isinstance(one, InstanceSettings) else InstanceSettings(broker=one)
         for one in brokers
     )
+    check_service(journal_url, metrics_token)
     settings = Settings(
         instances=instances,
         data_dir=Path(data_dir) if data_dir is not None else default_data_dir(os.environ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib.util
 import math
 import os
 import re
@@ -23,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
+import sqlalchemy
 from marshmallow import RAISE, Schema, ValidationError, fields, validate
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from httptrading.brokers.base import READS, BaseBroker, Window
 from httptrading.brokers.registry import broker_class
@@ -181,6 +184,43 @@ def check_instances(
     if problems:
         raise ConfigurationError(problems)
     return tuple(warnings)
+
+
+def check_service(journal_url: str | None, metrics_token: str | None) -> None:
+    """Checks that what these keys need is installed; raises ConfigurationError."""
+    if problems := [*_journal_problems(journal_url), *_metrics_problems(metrics_token)]:
+        raise ConfigurationError(problems)
+
+
+def _metrics_problems(token: str | None) -> Iterator[str]:
+    if token and importlib.util.find_spec("prometheus_client") is None:
+        yield "metrics_token: needs the package prometheus-client (pip install '.[metrics]')"
+
+
+def _journal_problems(text: str | None) -> Iterator[str]:
+    """Never with the URL or somebody else's words about it: it may hold a password."""
+    if text is None:
+        return
+    try:
+        url = sqlalchemy.make_url(text)
+    except (ArgumentError, ValueError):
+        yield "journal_url: is no SQLAlchemy URL"
+        return
+    try:
+        dialect = url.get_dialect()
+        dialect.import_dbapi()
+    except NoSuchModuleError:
+        yield "journal_url: SQLAlchemy does not know this kind of database"
+    except ModuleNotFoundError as error:
+        driver = error.name or url.get_driver_name()
+        yield f"journal_url: its driver {driver} is not installed"
+    except Exception:  # a driver without the C library it needs, say
+        yield f"journal_url: its driver {url.get_driver_name()} cannot be imported"
+    else:
+        if dialect.is_async:
+            yield "journal_url: needs a driver without asyncio"
+        if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
+            yield "journal_url: needs a database that outlives the process"
 
 
 def _limit_problems(instance: InstanceSettings) -> Iterator[str]:
@@ -481,6 +521,10 @@ def _load_file(path: Path, environ: Mapping[str, str], generated: bool = False) 
     tables.update(_overrides(source, environ))
     listed = tables.pop("instance", None)
     service = _loaded(source, "", _ServiceSchema(), source.resolved("", tables))
+    try:
+        check_service(service.get("journal_url"), service.get("metrics_token"))
+    except ConfigurationError as error:
+        source.problems += (f"{path.name}: {problem}" for problem in error.problems)
     instances: list[InstanceSettings] = []
     places: list[str] = []
     if not isinstance(listed, list) or not all(isinstance(table, dict) for table in listed):

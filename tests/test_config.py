@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.dialects.sqlite.aiosqlite import SQLiteDialect_aiosqlite
 
+from httptrading import create_blueprint
 from httptrading.app.config import (
     ConfigurationError,
     Settings,
@@ -174,9 +176,9 @@ def test_without_the_environment_data_go_to_the_user_data_directory() -> None:
 
 # --- secrets ---------------------------------------------------------------------------------
 def test_secrets_come_from_the_environment(config: Config) -> None:
-    config.environ |= {"HT_TOKEN": TOKEN, "HT_ID": ID, "APP_KEY": SECRET, "JOURNAL_PASSWORD": "p"}
+    config.environ |= {"HT_TOKEN": TOKEN, "HT_ID": ID, "APP_KEY": SECRET, "JOURNAL_DIR": "j"}
     settings = config.write(f"""
-journal_url = "postgresql://me:${{JOURNAL_PASSWORD}}@db/journal"
+journal_url = "sqlite:///${{JOURNAL_DIR}}/journal.db"
 [[instance]]
 broker = "{__name__}:ConfiguredBroker"
 id = "${{HT_ID}}"
@@ -184,7 +186,7 @@ tokens = ["${{HT_TOKEN}}"]
 args = {{ app_key = "${{APP_KEY}}", plain = "$${{APP_KEY}}", nested = ["${{APP_KEY}}"] }}
 """).load()
     (instance,) = settings.instances
-    assert settings.journal_url == "postgresql://me:p@db/journal"
+    assert settings.journal_url == "sqlite:///j/journal.db"
     assert (instance.broker.instance_id, instance.broker.tokens) == (ID, [TOKEN])
     assert instance.broker.broker_args == {
         "app_key": SECRET,
@@ -364,6 +366,50 @@ def test_shared_ids_and_tokens_are_refused(config: Config) -> None:
     first, second = config.problems()
     assert first.endswith("id: is the same as that of httptrading.toml: instance 1 (kQ4x…)")
     assert second.endswith("is the same as httptrading.toml: instance 1 (kQ4x…), tokens[0]")
+
+
+POSTGRES = f"postgresql+psycopg://me:{SECRET}@db/journal"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("metrics_token", SECRET, "metrics_token: needs the package prometheus-client (pip "),
+        ("journal_url", POSTGRES, "journal_url: its driver psycopg is not installed"),
+        ("journal_url", SECRET, "journal_url: is no SQLAlchemy URL"),
+        ("journal_url", f"postgresql://me@db:{SECRET}/x", "journal_url: is no SQLAlchemy URL"),
+        ("journal_url", f"postgre://{SECRET}@db", "journal_url: SQLAlchemy does not know this"),
+        ("journal_url", "sqlite://", "journal_url: needs a database that outlives the process"),
+    ],
+)
+def test_what_a_key_needs_is_looked_for_before_the_start(
+    config: Config, monkeypatch: pytest.MonkeyPatch, key: str, value: str, expected: str
+) -> None:
+    for module in ("prometheus_client", "psycopg"):
+        monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    (problem,) = config.instance(top=f'{key} = "{value}"').problems()
+    assert problem.startswith(f"httptrading.toml: {expected}")
+    broker = ConfiguredBroker({}, instance_id=ID, tokens=[TOKEN])
+    with pytest.raises(ConfigurationError) as raised:
+        create_blueprint([broker], **{key: value})
+    assert raised.value.problems[0].startswith(expected)
+    assert SECRET not in str(raised.value)
+
+
+def test_a_driver_that_is_half_installed_is_named(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (config.path.parent / "psycopg.py").write_text("raise ImportError('no pq wrapper')")
+    monkeypatch.syspath_prepend(config.path.parent)
+    monkeypatch.delitem(sys.modules, "psycopg", raising=False)
+    (problem,) = config.instance(top=f'journal_url = "{POSTGRES}"').problems()
+    assert problem.endswith("journal_url: its driver psycopg cannot be imported")
+
+
+def test_a_driver_of_asyncio_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SQLiteDialect_aiosqlite, "import_dbapi", lambda: None)
+    (problem,) = config.instance(top='journal_url = "sqlite+aiosqlite:///x.db"').problems()
+    assert problem.endswith("journal_url: needs a driver without asyncio")
 
 
 def test_all_mistakes_come_at_once(config: Config) -> None:
