@@ -6,6 +6,7 @@ connection in `tiger_push.py`; docs/brokers/tiger.md tells limits, quirks and tr
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -18,6 +19,7 @@ from httptrading.brokers.base import BaseBroker, Window
 from httptrading.brokers.registry import broker_register
 from httptrading.errors import (
     BrokerUnavailable,
+    Busy,
     InvalidRequest,
     OrderNotFound,
     OutcomeUnknown,
@@ -41,6 +43,8 @@ from httptrading.model import (
     UnifiedStatus,
     Unit,
 )
+
+log = logging.getLogger("httptrading.tiger")
 
 _Result = TypeVar("_Result")
 
@@ -154,15 +158,28 @@ class Tiger(BaseBroker):
             self._listen(key)
 
     def _introduce(self) -> None:
-        """Key, signature and account are checked once, unless the limit forbids to ask now."""
+        """Key, signature and account are checked once. Any other failure says nothing about them,
+        and without a connection nothing else would be served."""
         try:
             self.take("medium")
-        except RateLimited:
+            is_known = self._ask(self._knows_account)
+        except tiger_http.Unbelieved as unbelieved:
+            raise BrokerUnavailable(unbelieved.text) from None
+        except (Rejected, RateLimited, Busy, tiger_http.NoAnswer) as error:
+            if isinstance(error, Rejected) and error.text == mapping.BAD_SIGNATURE:
+                raise BrokerUnavailable(error.text) from None
+            log.warning("Tiger did not tell its accounts, so key and account are not checked yet")
             return
-        if not self.ping():
+        if not is_known:
             raise BrokerUnavailable(
                 "Tiger knows no such account for this tiger_id; check both arguments"
             )
+
+    def _knows_account(self) -> bool:
+        """Asked without an account, which must not be a paper one (docs.itigerup.com/docs/accounts:
+        "不支持传入模拟账号，不传会返回全部账号")."""
+        known = self._trade.get_managed_accounts()
+        return any(str(one.account) == self._account for one in known or [])
 
     def _listen(self, key: str) -> None:
         given = self.broker_args
@@ -382,8 +399,7 @@ class Tiger(BaseBroker):
     # --- the account ------------------------------------------------------------------------
     def ping(self) -> bool:
         """Asks Tiger for this account: key, signature, account and gateway are all in order."""
-        known = self._read(lambda: self._trade.get_managed_accounts(self._account))
-        return any(str(one.account) == self._account for one in known or [])
+        return self._read(self._knows_account)
 
     def cash(self, currency: str = "USD") -> Cash:
         if self.is_global:

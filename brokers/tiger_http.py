@@ -50,6 +50,10 @@ class NoAnswer(Exception):
         self.text, self.late = text, late
 
 
+class Unbelieved(NoAnswer):
+    """An answer that Tiger's key has not signed."""
+
+
 class Refused(Exception):
     """The gateway's own refusal (`ApiException` of the SDK): a code and its words."""
 
@@ -245,11 +249,11 @@ class Transport:
             raise NoAnswer("Tiger's gateway answered something that is not JSON") from None
         sign = content.get("sign") if isinstance(content, dict) else None
         if not isinstance(sign, str):
-            raise NoAnswer("The answer does not carry Tiger's signature, so it is not believed")
+            raise Unbelieved("The answer does not carry Tiger's signature, so it is not believed")
         try:
             verify_with_rsa(self._public_key, timestamp.encode(), sign.encode())
         except Exception:
-            raise NoAnswer(
+            raise Unbelieved(
                 "The answer is wrongly signed, so it is not believed; check tiger_public_key"
             ) from None
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from httptrading.brokers import tiger_http
 from httptrading.brokers.base import combine
-from httptrading.errors import BrokerUnavailable, HttpTradingError, OrderNotFound, Rejected
+from httptrading.errors import HttpTradingError, OrderNotFound, Rejected
 from httptrading.model import (
     CURRENCIES,
     Contract,
@@ -263,6 +263,12 @@ def global_cash(account: Any, currency: str) -> Number | None:
     return number(account.market_values[currency].cash_balance)
 
 
+BAD_SIGNATURE = (
+    "Tiger does not accept the signature; check tiger_id and pk_path, and that the key is the one "
+    "registered on Tiger's site"
+)
+
+
 def words(text: Any) -> str:
     """The broker's words, fit for one line."""
     return " ".join(str(text or "").split())[:300]
@@ -281,12 +287,9 @@ def refusal(code: int, said: str) -> HttpTradingError | None:
     if code == 4 and "permission" in lower:
         return Rejected(f"Tiger: {said}")
     if code == 4:
-        return BrokerUnavailable(f"Tiger denies access ({said})")
+        return Rejected(f"Tiger denies access ({said})")
     if code == 1000 and ("signature" in lower or "developer information" in lower):
-        return BrokerUnavailable(
-            "Tiger does not accept the signature; check tiger_id and pk_path, and that the key is "
-            "the one registered on Tiger's site"
-        )
+        return Rejected(BAD_SIGNATURE)
     if code < 1000 or "DUPLICATE ORDER ID" in said.upper():
         return None
     return Rejected(f"Tiger: {said}")

@@ -218,6 +218,8 @@ class TigerGateway:
         self.market_states = {"US": "TRADING", "HK": "MARKET_CLOSED", "CN": "MIDDLE_CLOSE"}
         self.currency_assets = True  # False: prime_assets tells the segment's total only
         self.wire_status: dict[str, str | int] = {}  # order id → status instead of the usual one
+        self.refusals: dict[str, tuple[int, str]] = {}  # operation → code and words, every time
+        self.rewrites: dict[str, Callable[[Any], Any]] = {}  # operation → what becomes of its data
         self.push_sessions: list[PushSession] = []
         self.http_connections = 0
         self._spoilt: dict[str, deque[Spoil]] = defaultdict(deque)
@@ -423,7 +425,7 @@ class TigerGateway:
         limited = (fault and fault.kind is FaultKind.RATE_LIMIT) or self._too_often(method)
         if limited and self.rate_limit_form == "http":
             return 429, "", b'{"code":5,"message":"rate limit error"}'
-        content = self._content(request, method, biz, fault, bool(limited))
+        content = self._content(request, method, operation, biz, fault, bool(limited))
         if fault and fault.kind is FaultKind.ACCEPT_THEN_CUT:
             return None
         if fault and fault.kind is FaultKind.ACCEPT_THEN_HANG:
@@ -441,6 +443,7 @@ class TigerGateway:
         self,
         request: dict[str, Any],
         method: str,
+        operation: str,
         biz: dict[str, Any],
         fault: Fault | None,
         limited: bool,
@@ -457,11 +460,13 @@ class TigerGateway:
                 )
             if fault and fault.kind is FaultKind.REFUSE:
                 raise Refused(1200, fault.text or "Orders cannot be placed at this moment")
+            if operation in self.refusals:
+                raise Refused(*self.refusals[operation])
             handler = getattr(self, f"_do_{method}", None)
             if handler is None:
                 raise Refused(1, f"no such method: {method}")
             with self.exchange.lock:
-                data = handler(biz, request)
+                data = self.rewrites.get(operation, lambda data: data)(handler(biz, request))
         except Refused as refusal:
             return answer | {"code": refusal.code, "message": refusal.text}
         return answer | {"code": 0, "message": "success", "data": data}
@@ -495,6 +500,9 @@ class TigerGateway:
         return {"license": "TBNZ"}
 
     def _do_accounts(self, biz: dict[str, Any], request: dict[str, Any]) -> Any:
+        # docs.itigerup.com/docs/accounts, `account`: "不支持传入模拟账号，不传会返回全部账号".
+        if account_kind(biz.get("account") or "") == "PAPER":
+            raise Refused(1010, "biz param error(paper accounts are not supported)")
         return {
             "items": [
                 {
