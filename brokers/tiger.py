@@ -245,8 +245,12 @@ class Tiger(BaseBroker):
         try:
             return self._ask(call)
         except tiger_http.NoAnswer as silence:
-            kind = TimedOut if silence.late else BrokerUnavailable
-            raise kind(silence.text) from None
+            # Not BrokerUnavailable: HTTP has no state, and the connection serves others, too.
+            if silence.late:
+                raise TimedOut(silence.text) from None
+            raise TimedOut(
+                f"Tiger gave no intelligible answer ({silence.text}); try again"
+            ) from None
 
     def _change(self, call: Callable[[], _Result]) -> _Result:
         try:
@@ -306,9 +310,9 @@ class Tiger(BaseBroker):
             with self._transport().within(self._timeout * RESERVE_SHARE):
                 order = self._ask(lambda: self._trade.create_order(**fields))
         except tiger_http.NoAnswer as silence:
-            raise BrokerUnavailable(f"{silence.text}; the order was not sent") from None
+            raise _not_sent(silence.text) from None
         if order is None or mapping.order_id_of(order.order_id) is None:
-            raise BrokerUnavailable("Tiger gave no order number; the order was not sent")
+            raise _not_sent("Tiger gave no order number")
         return order
 
     @staticmethod
@@ -322,7 +326,7 @@ class Tiger(BaseBroker):
         try:
             self._change(lambda: self._trade.cancel_order(self._account, id=number_))
         except Rejected as refused:
-            with suppress(RateLimited, BrokerUnavailable, TimedOut):
+            with suppress(RateLimited, BrokerUnavailable, Busy, TimedOut):
                 self.take("high")
                 order = self.order(order_id).order
                 if order.is_completed:
@@ -353,7 +357,7 @@ class Tiger(BaseBroker):
                 )
             )
             if page is None or not isinstance(page.data, dict) or "items" not in page.data:
-                raise BrokerUnavailable("Tiger answered no order list")
+                raise TimedOut("Tiger answered no order list; try again")
             found |= {str(order.id): mapping.parse_order(order) for order in page.result}
             token = page.next_page_token or ""
             if token in seen:
@@ -361,7 +365,7 @@ class Tiger(BaseBroker):
             seen.add(token)
             self.take("high")
         else:
-            raise BrokerUnavailable("Tiger's order list does not end")
+            raise TimedOut("Tiger's order list does not end; try again")
         self.take("high")
         older = self._read(
             lambda: self._trade.get_open_orders(
@@ -369,7 +373,7 @@ class Tiger(BaseBroker):
             )
         )
         if len(older or []) >= PAGE:  # this list has no pages
-            raise BrokerUnavailable(f"There are {PAGE} and more open orders of long ago")
+            raise Rejected(f"There are {PAGE} and more open orders of long ago")
         for order in older or []:
             found.setdefault(str(order.id), mapping.parse_order(order))
         return list(found.values())
@@ -410,34 +414,30 @@ class Tiger(BaseBroker):
                 if str(one.account) == self._account
             ]
         else:
-            assets = self._read(
-                lambda: self._trade.get_prime_assets(self._account, base_currency=currency)
-            )
-            segment = assets.segments.get("S") if assets is not None else None
-            amounts = [mapping.prime_cash(segment, currency)] if segment is not None else []
+            assets = self._read(lambda: self._trade.prime_assets(self._account, currency))
+            amounts = [mapping.prime_cash(assets, currency)]
         if not amounts or amounts[0] is None:
             raise Rejected(f"Tiger tells no available amount in {currency} for this account")
         return Cash(currency, amounts[0])
 
     def positions(self) -> list[Position]:
-        listed = self._read(lambda: self._trade.get_positions(self._account, sec_type="STK"))
+        listed = mapping.items_of(self._read(lambda: self._trade.positions(self._account)))
         if listed is None:
-            raise BrokerUnavailable("Tiger answered no position list")
+            raise TimedOut("Tiger answered no position list; try again")
         found = []
         for one in listed:
-            known = one.contract
             contract = mapping.contract_of(
-                known.symbol, known.market, known.currency, known.sec_type
+                one.get("symbol"), one.get("market"), one.get("currency"), one.get("secType")
             )
-            exact = one.position_scale is not None
+            exact = one.get("positionScale") is not None
             qty = (
-                mapping.scaled(one.quantity, one.position_scale)
+                mapping.scaled(one.get("position"), one["positionScale"])
                 if exact
-                else mapping.number(one.position_qty)
+                else mapping.number(one.get("positionQty"))
             )
             if contract is None or not qty:
                 continue
-            currency = str(known.currency or CURRENCIES[contract.region])
+            currency = str(one.get("currency") or CURRENCIES[contract.region])
             found.append(
                 Position(self.broker_name, self.broker_display, contract, Unit.Share, currency, qty)
             )
@@ -472,21 +472,25 @@ class Tiger(BaseBroker):
         return brief
 
     def _ask_brief(self, symbol: str) -> Mapping[str, Any] | None:
-        briefs = self._read(lambda: self._quotes.real_time(symbol))
-        rows = [one for one in briefs if isinstance(one, dict)] if isinstance(briefs, list) else []
+        rows = mapping.rows(self._read(lambda: self._quotes.real_time(symbol)))
         return next((row for row in rows if str(row.get("symbol")) == symbol), None)
 
     def market_status(self) -> dict[str, dict[str, MarketStatus]]:
-        listed = self._read(lambda: self._quotes.get_market_status("ALL"))
+        listed = mapping.rows(self._read(self._quotes.market_states))
         if not listed:
-            raise BrokerUnavailable("Tiger answered no market states")
+            raise TimedOut("Tiger answered no market states; try again")
         found = {}
         for one in listed:
-            region, word = str(one.market), str(one.trading_status or "UNKNOWN")
+            region, word = str(one.get("market")), str(one.get("status") or "UNKNOWN")
             if region in CURRENCIES:
                 unified = mapping.MARKET_STATES.get(word, UnifiedStatus.UNKNOWN)
                 found[region] = MarketStatus(region, word, unified)
         return {"securities": found}
+
+
+def _not_sent(reason: str) -> Busy:
+    """Not BrokerUnavailable, which would end a connection that may be in order."""
+    return Busy(f"{reason}; the order was not sent", retry_after=1)
 
 
 def _number_of(given: Mapping[str, Any], name: str, default: int, least: int, most: int) -> float:

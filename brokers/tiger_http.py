@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from httptrading.errors import BrokerUnavailable, HttpTradingError, RateLimited
+from httptrading.errors import BrokerUnavailable, Busy, HttpTradingError, RateLimited
 
 log = logging.getLogger("httptrading.tiger")
 
@@ -220,8 +220,10 @@ class Transport:
 
     def _left(self) -> float:
         left = self._deadline - time.monotonic()
-        if left <= 0 or self._aborted:
-            raise BrokerUnavailable("There was no time left to ask Tiger")
+        if self._aborted:
+            raise BrokerUnavailable("The connection to Tiger was given up")
+        if left <= 0:
+            raise Busy("There was no time left to ask Tiger; nothing was sent", retry_after=1)
         return left
 
     def _usable(self, connection: http.client.HTTPConnection) -> bool:
@@ -268,15 +270,26 @@ def rate_limited(words: str = "") -> RateLimited:
 
 
 def make_clients(who: Credentials) -> tuple[Any, Any, Transport]:
-    """The SDK's trade and quote client on one transport. Imports the SDK; sends nothing."""
+    """The SDK's trade and quote client on one transport. Imports the SDK; sends nothing.
+
+    Some answers are taken as Tiger writes them, since the SDK's own reading makes a pandas table of
+    quotes (which holds the interpreter longer than all else of the request), fails on an `openTime`
+    that is "" and on `segments` that are null, and hides whether a `positionQty` was there.
+    """
     from tigeropen import tiger_open_config
-    from tigeropen.common.consts.service_types import QUOTE_REAL_TIME
+    from tigeropen.common.consts.service_types import (
+        MARKET_STATE,
+        POSITIONS,
+        PRIME_ASSETS,
+        QUOTE_REAL_TIME,
+    )
     from tigeropen.common.exceptions import ApiException
     from tigeropen.common.request import OpenApiRequest
     from tigeropen.common.response import TigerResponse
     from tigeropen.quote.quote_client import QuoteClient
-    from tigeropen.quote.request.model import MultipleQuoteParams
+    from tigeropen.quote.request.model import MarketParams, MultipleQuoteParams
     from tigeropen.tiger_open_client import TigerOpenClient
+    from tigeropen.trade.request.model import AssetParams, PositionParams
     from tigeropen.trade.trade_client import TradeClient
 
     hook = "_TigerOpenClient__do_post"
@@ -298,20 +311,37 @@ def make_clients(who: Credentials) -> tuple[Any, Any, Transport]:
         def _TigerOpenClientConfig__get_device_id(self) -> str:  # else it may run `arp`
             return ""
 
+    def data_of(client: TigerOpenClient, service: str, params: Any) -> Any:
+        params.lang = config.language.value
+        answer = TigerResponse()
+        answer.parse_response_content(client.execute(OpenApiRequest(service, biz_model=params)))
+        if not answer.is_success():
+            raise ApiException(answer.code, answer.message)
+        return answer.data
+
+    class Trade(TradeClient):  # type: ignore[misc]
+        def prime_assets(self, account: str, currency: str) -> Any:
+            params = AssetParams()
+            params.account, params.secret_key = account, config.secret_key
+            params.base_currency, params.consolidated = currency, True
+            return data_of(self, PRIME_ASSETS, params)
+
+        def positions(self, account: str) -> Any:
+            params = PositionParams()
+            params.account, params.secret_key, params.sec_type = account, config.secret_key, "STK"
+            params.market = "ALL"
+            return data_of(self, POSITIONS, params)
+
     class Quotes(QuoteClient):  # type: ignore[misc]
         def real_time(self, symbol: str) -> Any:
-            """The items of `get_stock_briefs`, of which the SDK would make a pandas table: that
-            holds the interpreter longer than all else of the request."""
             params = MultipleQuoteParams()
             params.symbols, params.include_hour_trading = [symbol], False
-            params.lang = config.language.value
-            answer = TigerResponse()
-            answer.parse_response_content(
-                self.execute(OpenApiRequest(QUOTE_REAL_TIME, biz_model=params))
-            )
-            if not answer.is_success():
-                raise ApiException(answer.code, answer.message)
-            return answer.data
+            return data_of(self, QUOTE_REAL_TIME, params)
+
+        def market_states(self) -> Any:
+            params = MarketParams()
+            params.market = "ALL"
+            return data_of(self, MARKET_STATE, params)
 
     config = Config(enable_dynamic_domain=False, props_path="")
     config.tiger_id, config.account = who.tiger_id, who.account
@@ -324,7 +354,7 @@ def make_clients(who: Credentials) -> tuple[Any, Any, Transport]:
     config._device_id = device_id(who.tiger_id)
     transport = Transport(config.server_url, config.tiger_public_key)
     clients = (
-        TradeClient(config, logger=QUIET),
+        Trade(config, logger=QUIET),
         Quotes(config, logger=QUIET, is_grab_permission=False),
     )
     for client in clients:

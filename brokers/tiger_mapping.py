@@ -242,16 +242,34 @@ def parse_quote(contract: Contract, brief: Mapping[str, Any]) -> Quote | None:
     )
 
 
-def prime_cash(segment: Any, currency: str) -> Number | None:
-    """`cash_available_for_trade`, which Tiger's own app shows as 可用资金; inf means absent."""
-    assets = segment.currency_assets
-    if assets:
-        held = assets.get(currency)
+def rows(listed: Any) -> list[Mapping[str, Any]]:
+    """The objects of a JSON list; none when it is no list."""
+    return [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+
+
+def items_of(data: Any) -> list[Mapping[str, Any]] | None:
+    """`items` of an answer, which the SDK reads as empty when there is no data; None when it makes
+    no sense."""
+    if not data:
+        return []
+    items = data.get("items") or [] if isinstance(data, dict) else None
+    return items if isinstance(items, list) and len(rows(items)) == len(items) else None
+
+
+def prime_cash(assets: Any, currency: str) -> Number | None:
+    """`cashAvailableForTrade` of securities, which Tiger's own app shows as 可用资金."""
+    segments = rows(assets.get("segments")) if isinstance(assets, dict) else []
+    segment = next((one for one in segments if one.get("category") == "S"), None)
+    if segment is None:
+        return None
+    if assets_of := rows(segment.get("currencyAssets")):
+        held = next((one for one in assets_of if one.get("currency") == currency), None)
         if held is None:
             return 0
-        available = number(held.cash_available_for_trade)
-        return number(held.cash_balance) if available is None else available
-    return number(segment.cash_available_for_trade) if segment.currency == currency else None
+        available = number(held.get("cashAvailableForTrade"))
+        return number(held.get("cashBalance")) if available is None else available
+    told = segment.get("cashAvailableForTrade")
+    return number(told) if segment.get("currency") == currency else None
 
 
 def global_cash(account: Any, currency: str) -> Number | None:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +30,7 @@ from httptrading.brokers.settings import InstanceSettings
 from httptrading.brokers.tiger import Tiger
 from httptrading.errors import (
     BrokerUnavailable,
+    Busy,
     HttpTradingError,
     InvalidRequest,
     OrderNotFound,
@@ -457,7 +457,7 @@ def test_a_listing_is_whole_or_an_error(trade: Any, account: Any, gateway: Tiger
     place(trade)
     for wrong in (Spoil.SERVER_ERROR, Spoil.NO_DATA, Spoil.UNSIGNED):
         gateway.spoil("orders", wrong)
-        with pytest.raises(BrokerUnavailable):
+        with pytest.raises(TimedOut, match="try again"):
             account.recent_orders()
     assert len(account.recent_orders()) == 1
 
@@ -498,13 +498,19 @@ def test_cash_of_the_segment_alone(account: Any, gateway: TigerGateway) -> None:
     assert account.cash("HKD").amount == Decimal("1000.5")
 
 
+@pytest.mark.parametrize("segments", [None, {}, [], [None], [{"category": "C"}]])
+def test_no_segments_is_no_amount(account: Any, gateway: TigerGateway, segments: Any) -> None:
+    gateway.rewrites["cash"] = lambda data: data | {"segments": segments}
+    with pytest.raises(Rejected, match="no available amount"):
+        account.cash()
+
+
 def test_no_amount_is_no_number() -> None:
-    segment = SimpleNamespace(currency="USD", cash_available_for_trade=float("inf"))
-    segment.currency_assets = {}
-    assert mapping.prime_cash(segment, "USD") is None
-    held = SimpleNamespace(cash_available_for_trade=float("inf"), cash_balance=7.5)
-    segment.currency_assets = {"USD": held}
-    assert mapping.prime_cash(segment, "USD") == Decimal("7.5")
+    segment = {"category": "S", "currency": "USD", "cashAvailableForTrade": float("inf")}
+    assert mapping.prime_cash({"segments": [segment]}, "USD") is None
+    held = {"currency": "USD", "cashAvailableForTrade": None, "cashBalance": 7.5}
+    segment["currencyAssets"] = [held]
+    assert mapping.prime_cash({"segments": [segment]}, "USD") == Decimal("7.5")
 
 
 def test_positions_are_exact(account: Any, exchange: Exchange) -> None:
@@ -627,6 +633,14 @@ def test_market_states(
     )
 
 
+@pytest.mark.parametrize("opens", ["", "soon", None, 1754942400000, "2026-11-30T14:30:00Z"])
+def test_a_market_state_needs_no_opening_time(
+    quotes: Any, gateway: TigerGateway, opens: Any
+) -> None:
+    gateway.rewrites["market"] = lambda data: [one | {"openTime": opens} for one in data]
+    assert quotes.market_status()["securities"]["US"].origin_status == "TRADING"
+
+
 # --- when things go wrong ---------------------------------------------------------------------
 def spoil(what: Spoil) -> Callable[[TigerGateway, str], None]:
     return lambda gateway, operation: gateway.spoil(operation, what)
@@ -671,7 +685,7 @@ def test_no_clear_answer(
         wrong(gateway, "order_no")
         with (
             impatient(broker, "order_no"),
-            pytest.raises(BrokerUnavailable, match="not sent"),
+            pytest.raises(Busy, match="not sent"),
         ):
             place(broker)
         came("order_no", 2)
@@ -683,7 +697,7 @@ def test_no_clear_answer(
         came("cancel")
     with connected(args, "account") as broker:
         wrong(gateway, "positions")
-        with impatient(broker, "positions"), pytest.raises((BrokerUnavailable, TimedOut)):
+        with impatient(broker, "positions"), pytest.raises(TimedOut):
             broker.positions()
         came("positions")
         assert broker.positions() == []
@@ -697,12 +711,12 @@ def test_the_timeout_given_ends_what_hangs(args: dict[str, Any], exchange: Excha
         exchange.fault("place", FaultKind.HANG)
         broker._timeout = 1.0
         # A machine that stands still may not come to send it.
-        with pytest.raises((OutcomeUnknown, BrokerUnavailable)):
+        with pytest.raises((OutcomeUnknown, Busy)):
             place(broker)
     with connected(args, "account") as broker:
         exchange.fault("positions", FaultKind.HANG)
         broker._timeout = 1.0
-        with pytest.raises((TimedOut, BrokerUnavailable)):
+        with pytest.raises((TimedOut, Busy)):
             broker.positions()
     assert time.monotonic() - began < 25, "2 s on an idle machine; 30 s is the other's timeout"
 
@@ -712,7 +726,7 @@ def test_an_answer_without_data(trade: Any, account: Any, gateway: TigerGateway)
     with pytest.raises(OutcomeUnknown, match="without telling its id"):
         place(trade)
     gateway.spoil("order_no", Spoil.NO_DATA)
-    with pytest.raises(BrokerUnavailable, match="not sent"):
+    with pytest.raises(Busy, match="not sent"):
         place(trade)
     for operation, look in (("ping", account.ping), ("positions", account.positions)):
         gateway.spoil(operation, Spoil.NO_DATA)
@@ -1257,6 +1271,31 @@ def test_never_more_calls_than_tiger_allows(
             assert 0.85 * limit <= exchange.most_in(1000, operations) <= limit, operations
         assert prime.cancel(order_id).ok  # slots are kept for it
         assert exchange.most_in(1000, HIGH) <= 120
+
+
+def test_an_unreadable_answer_keeps_the_connection(
+    gateway: TigerGateway, exchange: Exchange, tmp_path: Path
+) -> None:
+    exchange.quote("US", "AAPL")
+    with service(gateway, tmp_path, PRIME) as (trader,):
+        order_id = trader.placed(LIMIT_ORDER)
+
+        def place() -> Answer:
+            return trader.place(LIMIT_ORDER)
+
+        neighbours = {
+            "market": (trader.market, lambda: trader.quote("US", "AAPL")),
+            "positions": (trader.positions, lambda: trader.state(order_id)),
+            "order_no": (place, place),
+        }
+        for operation, (spoilt, neighbour) in neighbours.items():
+            gateway.refusals[operation] = 1, "server error"
+            answer = spoilt()
+            assert answer.code == ("BUSY" if operation == "order_no" else "TIMEOUT"), answer
+            del gateway.refusals[operation]
+            assert neighbour().ok
+        assert Subject.is_connected(trader)
+        assert gateway.http_connections == 4, "one for each kind of operation"
 
 
 def test_a_hanging_read_is_asked_once_and_keeps_no_order(
