@@ -241,14 +241,16 @@ class Transport:
         return False
 
     def _verify(self, answer: bytes, timestamp: str) -> None:
-        """Tiger signs the request's timestamp (tiger_open_client.py `__parse_response`); the SDK
-        lets answers without a sign pass."""
+        """Tiger signs the request's timestamp (tiger_open_client.py `__parse_response`). The SDK
+        lets any answer without a sign pass, we only a refusal."""
         from tigeropen.common.util.signature_utils import verify_with_rsa
 
         try:
             content = json.loads(answer)
         except (ValueError, RecursionError):
             raise NoAnswer("Tiger's gateway answered something that is not JSON") from None
+        if _is_unsigned_refusal(content):
+            return
         sign = content.get("sign") if isinstance(content, dict) else None
         if not isinstance(sign, str):
             raise Unbelieved("The answer does not carry Tiger's signature, so it is not believed")
@@ -258,6 +260,14 @@ class Transport:
             raise Unbelieved(
                 "The answer is wrongly signed, so it is not believed; check tiger_public_key"
             ) from None
+
+
+def _is_unsigned_refusal(content: Any) -> bool:
+    """Tiger's own examples of errors carry no sign (docs.itigerup.com/docs/accounts, FAQ)."""
+    if not isinstance(content, dict) or content.get("sign") is not None:
+        return False
+    code = content.get("code")
+    return isinstance(code, int) and code != 0
 
 
 def rate_limited(words: str = "") -> RateLimited:

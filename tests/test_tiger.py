@@ -736,11 +736,12 @@ def test_an_answer_without_data(trade: Any, account: Any, gateway: TigerGateway)
         account.cash()
 
 
-@pytest.mark.parametrize("form", ["http", "code"])
-def test_rate_limits_in_both_forms(
+@pytest.mark.parametrize("form", ["http", "code", "signed code"])
+def test_rate_limits_in_every_form(
     trade: Any, account: Any, gateway: TigerGateway, exchange: Exchange, form: str
 ) -> None:
-    gateway.rate_limit_form = form
+    gateway.rate_limit_form = form.removeprefix("signed ")
+    gateway.sign_refusals = form.startswith("signed")
     for operation, call in (
         ("order_no", lambda: place(trade)),
         ("place", lambda: place(trade)),
@@ -783,6 +784,37 @@ def test_what_refusals_mean(code: int, said: str, meaning: type[HttpTradingError
 def test_what_a_bad_signature_means(said: str) -> None:
     found = mapping.refusal(1000, f"common param error({said})")
     assert isinstance(found, Rejected) and found.text == mapping.BAD_SIGNATURE
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b'{"code": 1200, "message": "no"}', ""),
+        (b'{"code": 4, "message": "rate limit error", "sign": null}', ""),
+        (b'{"code": 4, "message": "rate limit error", "sign": "AAAA"}', "wrongly signed"),
+        (b'{"code": 4, "message": "rate limit error", "sign": ""}', "wrongly signed"),
+        (b'{"code": 0, "data": {}}', "does not carry"),
+        (b'{"code": false, "data": {}}', "does not carry"),
+        (b'{"code": "1200"}', "does not carry"),
+        (b'{"code": 1200.5}', "does not carry"),
+        (b'{"message": "no"}', "does not carry"),
+        (b'["code", 1200]', "does not carry"),
+    ],
+)
+def test_what_is_believed_unsigned(gateway: TigerGateway, text: bytes, said: str) -> None:
+    transport = tiger_http.Transport(gateway.server_url, gateway.public_key)
+    try:
+        transport._verify(text, "1754942400000")
+        found = ""
+    except tiger_http.Unbelieved as error:
+        found = error.text
+    assert said in found and bool(said) == bool(found)
+
+
+def test_an_unsigned_refusal_of_an_order(trade: Any, gateway: TigerGateway) -> None:
+    gateway.refusals["place"] = 1200, "standard account response error(bad_request:No money)"
+    with pytest.raises(Rejected, match="No money"):
+        place(trade)
 
 
 def test_the_brokers_words(trade: Any, exchange: Exchange) -> None:

@@ -213,6 +213,7 @@ class TigerGateway:
         self.deaf = False  # requests and frames are taken in and never answered
         self.enforce_limits = True
         self.rate_limit_form = "http"  # or "code": HTTP 200 with code 4
+        self.sign_refusals = False
         self.primary_device: str | None = None  # who may read quotes
         self.quote_markets = {"US", "HK"}
         self.market_states = {"US": "TRADING", "HK": "MARKET_CLOSED", "CN": "MIDDLE_CLOSE"}
@@ -435,7 +436,9 @@ class TigerGateway:
         if spoil is Spoil.NO_DATA:
             content.pop("data", None)
         keys = STRANGER_KEYS if spoil is Spoil.WRONGLY_SIGNED else GATEWAY_KEYS
-        if spoil is not Spoil.UNSIGNED:
+        if content["code"] and not self.sign_refusals:
+            pass  # as in the examples of docs.itigerup.com/docs/accounts and the FAQ
+        elif spoil is not Spoil.UNSIGNED:
             content["sign"] = keys.sign(str(request.get("timestamp")))
         return 200, "", json.dumps(content).encode()
 
