@@ -337,7 +337,12 @@ class Tiger(BaseBroker):
 
     def order(self, order_id: str) -> OrderReport:
         wanted = mapping.order_number(order_id)
-        found = self._read(lambda: self._trade.get_order(self._account, id=wanted))
+        try:
+            found = self._read(lambda: self._trade.get_order(self._account, id=wanted))
+        except Rejected as refused:
+            if not mapping.is_unknown_order(refused):
+                raise
+            found = None
         if found is None or str(found.id) != order_id:
             raise OrderNotFound("Tiger does not know the order")
         return mapping.parse_order(found)

@@ -313,6 +313,13 @@ def refusal(code: int, said: str) -> HttpTradingError | None:
     return Rejected(f"Tiger: {said}")
 
 
+def is_unknown_order(refused: Rejected) -> bool:
+    """`1200 standard account response error(not_found:Order does not exist)`, `BAD_REQUEST:Order
+    does not exist`, `not_found:订单不存在`: said of an order that is looked for, not placed."""
+    said = refused.text.lower()
+    return "order does not exist" in said or "订单不存在" in said
+
+
 def is_device_denied(denied: Rejected) -> bool:
     """`4000:permission denied(Current device does not have permission)`; a market without a
     subscription is denied in other words, and grabbing would not help."""

@@ -354,6 +354,27 @@ def test_an_unknown_id_is_no_order(trade: Any, account: Any) -> None:
         trade.cancel_order("40139406481165313")
 
 
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (1200, "standard account response error(not_found:Order does not exist)"),
+        (1200, "standard account response error(not_found:订单不存在)"),
+        (1100, "global account response error(BAD_REQUEST:Order does not exist)"),
+    ],
+)
+def test_an_unknown_order_in_tigers_words(
+    trade: Any, account: Any, gateway: TigerGateway, code: int, said: str
+) -> None:
+    gateway.refusals |= dict.fromkeys(("order", "cancel"), (code, said))
+    with pytest.raises(OrderNotFound):
+        account.order("40139406481165313")
+    with pytest.raises(OrderNotFound):
+        trade.cancel_order("40139406481165313")
+    gateway.refusals["order"] = 1200, "standard account response error(account does not exist)"
+    with pytest.raises(Rejected, match="account does not exist"):
+        account.order("40139406481165313")
+
+
 # --- what becomes of an order -----------------------------------------------------------------
 @pytest.mark.parametrize(
     ("wire", "filled", "outcome"),
