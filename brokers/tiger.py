@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -53,6 +54,7 @@ LISTING_DAYS = 30
 PAGE = 300  # orders in one answer at most
 MOST_PAGES = 40
 RESERVE_SHARE = 0.4  # of the timeout; the rest is for placing under the reserved number
+NOT_GRABBED_AGAIN = 300.0  # seconds in which a market that a grab did not open is left alone
 
 
 @broker_register("tiger", "老虎证券")
@@ -81,11 +83,12 @@ class Tiger(BaseBroker):
 
     # docs.itigerup.com/docs/ratelimit, taken for all methods of a class together, which is the
     # stricter reading. A second more than its 60, because a slot got with `take` is stamped
-    # before its call.
+    # before its call. Grabs share Tiger's 10 a minute with market states, and must not use them up.
     windows = {
         "high": Window(120, 61.0, kept=10),
         "medium": Window(60, 61.0),
-        "low": Window(10, 61.0),
+        "low": Window(8, 61.0),
+        "grab": Window(2, 61.0),
     }
     costs = {
         "place_order": ("high",),
@@ -99,7 +102,7 @@ class Tiger(BaseBroker):
         "fills": ("medium",),
         "market_status": ("low",),
     }
-    ages = {"market_status": 7.0, "ping": 4.0, "cash": 4.0, "positions": 4.0}
+    ages = {"market_status": 8.0, "ping": 4.0, "cash": 4.0, "positions": 4.0}
     quote_regions: ClassVar[frozenset[str] | None] = frozenset({"US", "HK"})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -121,7 +124,9 @@ class Tiger(BaseBroker):
         self._trade: Any = None
         self._quotes: Any = None
         self._push: tuple[tiger_push.Address, tiger_push.Subscription] | None = None
-        self._may_quote = False  # the last quote was allowed: a denial means it was taken away
+        # Regions whose last quote was allowed: a denial means that it was taken away.
+        self._may_quote: set[str] = set()
+        self._not_grabbed: dict[str, float] = {}  # region → until when grabbing is known to fail
 
     @property
     def is_paper(self) -> bool:
@@ -450,31 +455,45 @@ class Tiger(BaseBroker):
 
     # --- quotes -----------------------------------------------------------------------------
     def quote(self, contract: Contract) -> Quote:
-        brief = self._brief(contract.ticker)
+        brief = self._brief(contract)
         found = mapping.parse_quote(contract, brief) if brief else None
         if found is None:
             raise Rejected(f"Tiger has no price of {contract.ticker} right now")
         return found
 
-    def _brief(self, symbol: str) -> Mapping[str, Any] | None:
-        """Quotes belong to one device: ours grabs the permission when it does not have it."""
+    def _brief(self, contract: Contract) -> Mapping[str, Any] | None:
+        """Quotes belong to one device: ours grabs the permission when it does not have it. A market
+        without a subscription is denied in the same words, and stays so after a grab."""
+        region = contract.region
         try:
-            brief = self._ask_brief(symbol)
+            brief = self._ask_brief(contract.ticker)
         except Rejected as denied:
-            if not mapping.is_device_denied(denied):
+            if not mapping.is_device_denied(denied) or self._is_beyond_grabbing(region):
                 raise
-            if self._may_quote:
-                self._may_quote = False
+            if region in self._may_quote:
+                self._may_quote.clear()  # it was taken for all regions
                 raise Rejected(
                     "Another device of this tiger_id has taken the quote permission; "
                     "the next request takes it back"
                 ) from None
-            self.take("low")
-            self._read(self._quotes.grab_quote_permission)
-            self.take("high")
-            brief = self._ask_brief(symbol)
-        self._may_quote = True
+            brief = self._grab_and_ask(contract)
+        self._may_quote.add(region)
+        self._not_grabbed.pop(region, None)
         return brief
+
+    def _is_beyond_grabbing(self, region: str) -> bool:
+        return time.monotonic() < self._not_grabbed.get(region, 0.0)
+
+    def _grab_and_ask(self, contract: Contract) -> Mapping[str, Any] | None:
+        self.take("grab")
+        self._read(self._quotes.grab_quote_permission)
+        self.take("high")
+        try:
+            return self._ask_brief(contract.ticker)
+        except Rejected as denied:
+            if mapping.is_device_denied(denied):
+                self._not_grabbed[contract.region] = time.monotonic() + NOT_GRABBED_AGAIN
+            raise
 
     def _ask_brief(self, symbol: str) -> Mapping[str, Any] | None:
         rows = mapping.rows(self._read(lambda: self._quotes.real_time(symbol)))

@@ -321,8 +321,8 @@ def is_unknown_order(refused: Rejected) -> bool:
 
 
 def is_device_denied(denied: Rejected) -> bool:
-    """`4000:permission denied(Current device does not have permission)`; a market without a
-    subscription is denied in other words, and grabbing would not help."""
+    """`4000:permission denied(Current device does not have permission)`, and of a market without a
+    subscription `(Current user and device do not have permissions in the US market)`."""
     return "permission" in denied.text.lower() and "device" in denied.text.lower()
 
 

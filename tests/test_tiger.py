@@ -590,12 +590,39 @@ def test_the_quote_permission(quotes: Any, gateway: TigerGateway, exchange: Exch
     assert quotes.quote(contract()).latest == Decimal("227.18")
     assert operations()[5:] == ["quote", "grab", "quote"]
 
-    gateway.quote_markets = {"US"}
-    with pytest.raises(Rejected, match="no HK quote permission"):
-        quotes.quote(contract("00700", "HK"))
-    assert operations()[8:] == ["quote"]  # grabbing would not help
     with pytest.raises(Rejected, match="invalid symbols"):
         quotes.quote(contract("NOPE"))
+
+
+@pytest.mark.parametrize("device", ["ours", "another"])
+def test_a_market_without_a_subscription(
+    quotes: Any, gateway: TigerGateway, exchange: Exchange, device: str
+) -> None:
+    exchange.quote("US", "AAPL")
+    exchange.quote("HK", "00700")
+    gateway.quote_markets = {"HK"}
+    if device == "ours":
+        assert quotes.quote(contract("00700", "HK"))
+    before = len(exchange.received("grab"))
+    for _ in range(12):
+        with pytest.raises(Rejected, match="do not have permissions in the US market"):
+            quotes.quote(contract())
+    assert quotes.quote(contract("00700", "HK"))  # was not taken by anybody
+    assert len(exchange.received("grab")) == before + 1
+    # One that is bought meanwhile is there at once.
+    gateway.quote_markets = {"US", "HK"}
+    assert quotes.quote(contract())
+
+
+def test_a_market_without_a_subscription_is_grabbed_for_again(
+    quotes: Any, gateway: TigerGateway, exchange: Exchange, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiger, "NOT_GRABBED_AGAIN", 0.0)
+    gateway.quote_markets = {"HK"}
+    for grabs in (1, 2):
+        with pytest.raises(Rejected, match="do not have permissions in the US market"):
+            quotes.quote(contract())
+        assert len(exchange.received("grab")) == grabs
 
 
 def test_grabbing_keeps_its_limit(quotes: Any, gateway: TigerGateway, exchange: Exchange) -> None:
@@ -612,7 +639,10 @@ def test_grabbing_keeps_its_limit(quotes: Any, gateway: TigerGateway, exchange: 
             outcomes.append("limited")
     assert outcomes[:4] == ["quote", "told"] * 2
     assert outcomes[-1] == "limited"
-    assert len(exchange.received("grab")) == 10
+    assert len(exchange.received("grab")) == 2
+    for _ in range(8):  # and leaves market states theirs
+        assert quotes.market_status()
+        quotes.take("low")
 
 
 def test_a_quote_becomes_no_table(
@@ -1294,7 +1324,8 @@ def test_tiger_is_away_when_the_service_starts(tmp_path: Path) -> None:
 
 def test_the_limits_are_tigers() -> None:
     limits = {"high": Window(120, 61.0, kept=10), "medium": Window(60, 61.0)}
-    assert Tiger.windows == limits | {"low": Window(10, 61.0)}
+    # Of Tiger's 10 market states and grabs.
+    assert Tiger.windows == limits | {"low": Window(8, 61.0), "grab": Window(2, 61.0)}
 
 
 def test_never_more_calls_than_tiger_allows(
@@ -1314,13 +1345,13 @@ def test_never_more_calls_than_tiger_allows(
             return [answer.status for answer in answers]
 
         markets = busy([lambda trader: trader.market()] * 14)
-        assert markets == [200] * 10 + [429] * 4
+        assert markets == [200] * 8 + [429] * 6
         currencies = [f"{a}{b}X" for a in letters for b in letters[:7]]
         reads = busy(lambda trader, c=c: trader.cash(c) for c in currencies)
         assert set(reads) == {200, 429} and reads == sorted(reads)
         orders = busy([lambda trader: trader.place(LIMIT_ORDER)] * 70)
         assert set(orders) == {200, 429} and orders == sorted(orders)
-        for limit, operations in ((120, HIGH), (60, MEDIUM), (10, LOW)):
+        for limit, operations in ((120, HIGH), (60, MEDIUM), (8, LOW)):
             assert 0.85 * limit <= exchange.most_in(1000, operations) <= limit, operations
         assert prime.cancel(order_id).ok  # slots are kept for it
         assert exchange.most_in(1000, HIGH) <= 120

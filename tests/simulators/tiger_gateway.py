@@ -91,6 +91,9 @@ CURRENCY = {"US": "USD", "HK": "HKD", "CN": "CNH"}
 ORDER_DATA = SocketCommon.DataType.OrderStatus
 ASSET_DATA = SocketCommon.DataType.Asset
 DENIED = "4000:permission denied(Current device does not have permission)"
+NO_MARKET = (
+    "4000:permission denied(Current user and device do not have permissions in the {market} market)"
+)
 
 
 class Spoil(enum.Enum):
@@ -780,7 +783,7 @@ class TigerGateway:
         for symbol in biz.get("symbols", []):
             market = "HK" if symbol.isdigit() else "US"
             if market not in self.quote_markets:
-                raise Refused(4, f"4000:permission denied(no {market} quote permission)")
+                raise Refused(4, NO_MARKET.format(market=market))
             quote = self.exchange.quotes.get((market, symbol))
             if quote is None:
                 raise Refused(1000, f"common param error(invalid symbols: {symbol})")
