@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -54,7 +55,37 @@ LISTING_DAYS = 30
 PAGE = 300  # orders in one answer at most
 MOST_PAGES = 40
 RESERVE_SHARE = 0.4  # of the timeout; the rest is for placing under the reserved number
+MOST_NUMBERS = 20_000  # order numbers remembered
 NOT_GRABBED_AGAIN = 300.0  # seconds in which a market that a grab did not open is left alone
+
+
+class UsedNumbers:
+    """The order numbers that orders were placed under, or may have been. A number that Tiger gives
+    again would name the older order: it would be answered with that one's id, or as a duplicate."""
+
+    def __init__(self, most: int = MOST_NUMBERS) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._used: dict[
+            tuple[str, str, str], None
+        ] = {}  # (tiger_id, account, number), oldest first
+
+    def claim(self, number: tuple[str, str, str]) -> bool:
+        """Whether it is used for the first time."""
+        with self._lock:
+            if number in self._used:
+                return False
+            self._used[number] = None
+            if len(self._used) > self._most:
+                del self._used[next(iter(self._used))]
+            return True
+
+    def release(self, number: tuple[str, str, str]) -> None:
+        with self._lock:
+            self._used.pop(number, None)
+
+
+_numbers = UsedNumbers()  # of the process: the brokers are copies, made anew with each connection
 
 
 @broker_register("tiger", "老虎证券")
@@ -304,11 +335,21 @@ class Tiger(BaseBroker):
                 trading_session_type=session if is_us_limit else None,
                 user_mark=mark,
             )
-            placed = self._change(lambda: self._trade.place_order(order))
+            placed = self._place_under(order)
         order_id = mapping.order_id_of(placed)
         if order_id is None:
             raise OutcomeUnknown("Tiger took the order without telling its id")
         return order_id
+
+    def _place_under(self, order: Any) -> Any:
+        number = self._tiger_id, self._account, str(order.order_id)
+        if not _numbers.claim(number):
+            raise _not_sent("Tiger gave an order number that was used before")
+        try:
+            return self._change(lambda: self._trade.place_order(order))
+        except (Rejected, RateLimited, BrokerUnavailable, Busy):  # nothing bears the number
+            _numbers.release(number)
+            raise
 
     def _reserve(self, **fields: Any) -> Any:
         try:

@@ -286,7 +286,11 @@ HK = {"symbol": "00700", "currency": "HKD", "outside_rth": False}
     ids=lambda value: None,
 )
 def test_every_field_of_an_order(
-    trade: Any, exchange: Exchange, changes: dict[str, Any], wire: dict[str, Any]
+    trade: Any,
+    gateway: TigerGateway,
+    exchange: Exchange,
+    changes: dict[str, Any],
+    wire: dict[str, Any],
 ) -> None:
     order_id = place(trade, **changes)
     expected = {
@@ -295,7 +299,7 @@ def test_every_field_of_an_order(
         "sec_type": "STK",
         "action": "BUY",
         "order_type": "LMT",
-        "order_id": 1001,  # the number reserved right before
+        "order_id": gateway.last_number,  # the number reserved right before
         "total_quantity": 12,
         "limit_price": 200.01,
         "time_in_force": "DAY",
@@ -312,7 +316,48 @@ def test_every_field_of_an_order(
 def test_two_orders_have_two_numbers(trade: Any, exchange: Exchange) -> None:
     ids = {place(trade), place(trade)}
     assert len(ids) == 2
-    assert {exchange.orders[one].wire["order_id"] for one in ids} == {1001, 1002}
+    assert len({exchange.orders[one].wire["order_id"] for one in ids}) == 2
+
+
+def test_a_number_given_twice_places_nothing(
+    args: dict[str, Any], gateway: TigerGateway, exchange: Exchange
+) -> None:
+    gateway.rewrites["order_no"] = lambda data: {"orderId": 990001}
+    with connected(args, "trade", push_host="") as broker:
+        exchange.fault("place", FaultKind.REFUSE)
+        with pytest.raises(Rejected):
+            place(broker)
+        exchange.fault("place", FaultKind.RATE_LIMIT)
+        with pytest.raises(RateLimited):
+            place(broker)
+        place(broker)  # nothing bore the number until now
+        with pytest.raises(Busy, match="used before; the order was not sent"):
+            place(broker)
+    with connected(args, "trade", push_host="") as broker:  # the next copy knows it, too
+        with pytest.raises(Busy, match="used before; the order was not sent"):
+            place(broker)
+    assert len(exchange.received("place")) == 3 and len(exchange.orders) == 1
+    with connected(args, "trade", push_host="", account=GLOBAL) as broker:
+        place(broker)  # numbers are an account's own
+
+
+def test_a_number_of_an_unknown_outcome_is_used(
+    trade: Any, gateway: TigerGateway, exchange: Exchange
+) -> None:
+    gateway.rewrites["order_no"] = lambda data: {"orderId": 990001}
+    exchange.fault("place", FaultKind.ACCEPT_THEN_CUT)
+    with pytest.raises(OutcomeUnknown):
+        place(trade)
+    with pytest.raises(Busy, match="not sent"):
+        place(trade)
+    assert len(exchange.orders) == 1
+
+
+def test_used_numbers_are_bounded() -> None:
+    numbers = tiger.UsedNumbers(2)
+    assert [numbers.claim(("1", PRIME, str(n))) for n in (1, 2, 2, 3, 3, 1)] == (
+        [True, True, False, True, False, True]
+    )
 
 
 @pytest.mark.parametrize("price", [float("nan"), float("inf")])

@@ -14,6 +14,7 @@ import asyncio
 import base64
 import contextlib
 import enum
+import itertools
 import json
 import ssl
 import threading
@@ -86,6 +87,9 @@ WIRE_STATUS = {
     OrderStatus.REJECTED: "Inactive",
     OrderStatus.EXPIRED: "Invalid",
 }
+
+ORDER_NUMBERS = itertools.count(1001)
+"""Of all gateways in the process: Tiger gives none twice, also not after a restart."""
 
 CURRENCY = {"US": "USD", "HK": "HKD", "CN": "CNH"}
 ORDER_DATA = SocketCommon.DataType.OrderStatus
@@ -229,7 +233,7 @@ class TigerGateway:
         self._spoilt: dict[str, deque[Spoil]] = defaultdict(deque)
         self._calls: dict[str, deque[float]] = defaultdict(deque)
         self._order_numbers: dict[tuple[str, int], str] = {}  # (account, number) → order id
-        self._last_number = 1000
+        self.last_number = 0
         self._last_id = 40139406481165312
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -523,8 +527,8 @@ class TigerGateway:
         }
 
     def _do_order_no(self, biz: dict[str, Any], request: dict[str, Any]) -> Any:
-        self._last_number += 1
-        return {"orderId": self._last_number}
+        self.last_number = next(ORDER_NUMBERS)
+        return {"orderId": self.last_number}
 
     def _do_place_order(self, biz: dict[str, Any], request: dict[str, Any]) -> Any:
         number = int(biz.get("order_id") or 0)
@@ -532,8 +536,7 @@ class TigerGateway:
             raise Refused(1100, "global account response error(TRADE DUPLICATE ORDER ID)")
         order = self._order_of(biz)
         if not number:
-            self._last_number += 1
-            number = self._last_number
+            number = self.last_number = next(ORDER_NUMBERS)
         self._order_numbers[biz["account"], number] = order.order_id
         order.wire = dict(biz, order_id=number)
         self.exchange.place(order)
