@@ -157,6 +157,7 @@ class Tiger(BaseBroker):
         self._push: tuple[tiger_push.Address, tiger_push.Subscription] | None = None
         # Regions whose last quote was allowed: a denial means that it was taken away.
         self._may_quote: set[str] = set()
+        self._hidden: set[str] = set()  # positions that cannot be shown, once told in the log
         self._not_grabbed: dict[str, float] = {}  # region → until when grabbing is known to fail
 
     @property
@@ -457,16 +458,17 @@ class Tiger(BaseBroker):
         return self._read(self._knows_account)
 
     def cash(self, currency: str = "USD") -> Cash:
+        asked = mapping.TO_CURRENCY.get(currency, currency)
         if self.is_global:
             accounts = self._read(lambda: self._trade.get_assets(self._account, market_value=True))
             amounts = [
-                mapping.global_cash(one, currency)
+                mapping.global_cash(one, asked)
                 for one in accounts or []
                 if str(one.account) == self._account
             ]
         else:
-            assets = self._read(lambda: self._trade.prime_assets(self._account, currency))
-            amounts = [mapping.prime_cash(assets, currency)]
+            assets = self._read(lambda: self._trade.prime_assets(self._account, asked))
+            amounts = [mapping.prime_cash(assets, asked)]
         if not amounts or amounts[0] is None:
             raise Rejected(f"Tiger tells no available amount in {currency} for this account")
         return Cash(currency, amounts[0])
@@ -480,19 +482,24 @@ class Tiger(BaseBroker):
             contract = mapping.contract_of(
                 one.get("symbol"), one.get("market"), one.get("currency"), one.get("secType")
             )
-            exact = one.get("positionScale") is not None
-            qty = (
-                mapping.scaled(one.get("position"), one["positionScale"])
-                if exact
-                else mapping.number(one.get("positionQty"))
-            )
-            if contract is None or not qty:
+            qty = mapping.held(one)
+            if contract is None or qty is None:
+                self._say_hidden(one)
+                continue
+            if not qty:
                 continue
             currency = str(one.get("currency") or CURRENCIES[contract.region])
             found.append(
                 Position(self.broker_name, self.broker_display, contract, Unit.Share, currency, qty)
             )
         return found
+
+    def _say_hidden(self, position: Mapping[str, Any]) -> None:
+        """What cannot be shown is said, once for each security."""
+        known = f"{position.get('symbol')} ({position.get('market')}, {position.get('secType')})"
+        if known not in self._hidden:
+            self._hidden.add(known)
+            log.warning("a position in %s is not shown", mapping.words(known))
 
     # --- quotes -----------------------------------------------------------------------------
     def quote(self, contract: Contract) -> Quote:

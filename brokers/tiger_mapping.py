@@ -69,6 +69,14 @@ MARKET_STATES = {
     "MARKET_CLOSED": UnifiedStatus.CLOSED,
 }
 
+# Tiger holds yuan offshore and knows no CNY (common/consts/__init__.py:78).
+UNTRADABLE = ("HALTED", "DELIST")  # a quote's status; NEW and ALTER trade (quote_client.py:386)
+
+TO_CURRENCY = {"CNY": "CNH"}
+REGION_OF_MARKET = {
+    **{region: region for region in CURRENCIES},
+    **{"SEHK": "HK", "SH": "CN", "SZ": "CN", "SSE": "CN", "SZSE": "CN"},
+}
 REGION_OF_CURRENCY = {"USD": "US", "HKD": "HK", "CNH": "CN", "CNY": "CN"}
 
 LIMIT, MARKET = OrderType.Limit, OrderType.Market
@@ -103,6 +111,15 @@ def scaled(quantity: Any, scale: Any) -> Number:
     return number(Decimal(found).scaleb(-int(digits))) or 0
 
 
+def held(position: Mapping[str, Any]) -> Number | None:
+    """`positionQty`; the deprecated `position` and `positionScale` (docs.itigerup.com/docs/accounts)
+    tell what the former does not. None when nothing is told."""
+    told = number(position.get("positionQty"))
+    if told or number(position.get("position")) is None:
+        return told
+    return scaled(position["position"], position.get("positionScale"))
+
+
 def moment(milliseconds: Any) -> datetime | None:
     found = number(milliseconds)
     return datetime.fromtimestamp(float(found) / 1000, UTC) if found else None
@@ -124,9 +141,10 @@ def order_number(order_id: str) -> int:
 
 def contract_of(symbol: Any, market: Any, currency: Any, sec_type: Any = "STK") -> Contract | None:
     """None for what is no stock in a market of ours; an odd ticker stays as Tiger writes it."""
-    known = str(market) in CURRENCIES
-    region = str(market) if known else REGION_OF_CURRENCY.get(str(currency))
-    if market and not known or not region or not symbol or sec_type not in (None, "", "STK"):
+    region = REGION_OF_MARKET.get(str(market))
+    if not market:
+        region = REGION_OF_CURRENCY.get(str(currency))
+    if not region or not symbol or sec_type not in (None, "", "STK"):
         return None
     try:
         ticker = canonical_ticker(region, str(symbol))
@@ -232,7 +250,7 @@ def parse_quote(contract: Contract, brief: Mapping[str, Any]) -> Quote | None:
     return Quote(
         contract=contract,
         currency=CURRENCIES[contract.region],
-        is_tradable=brief.get("status") in (None, "", "NORMAL"),
+        is_tradable=brief.get("status") not in UNTRADABLE,
         latest=latest,
         pre_close=number(brief.get("preClose")) or 0,
         open_price=number(brief.get("open")) or 0,

@@ -91,6 +91,7 @@ WIRE_STATUS = {
 ORDER_NUMBERS = itertools.count(1001)
 """Of all gateways in the process: Tiger gives none twice, also not after a restart."""
 
+CURRENCIES = ("USD", "HKD", "CNH", "SGD")  # docs.itigerup.com/docs/accounts, prime assets
 CURRENCY = {"US": "USD", "HK": "HKD", "CN": "CNH"}
 ORDER_DATA = SocketCommon.DataType.OrderStatus
 ASSET_DATA = SocketCommon.DataType.Asset
@@ -715,6 +716,8 @@ class TigerGateway:
             for currency, amount in self.exchange.cash.items()
         ]
         base = biz.get("base_currency") or "USD"
+        if base not in CURRENCIES:
+            raise Refused(1010, "biz param error(field 'base_currency' is not supported)")
         segment: dict[str, Any] = {
             "category": "S",
             "currency": base,
