@@ -87,6 +87,10 @@ PAPER = frozenset(one for one in REAL if one.time_in_force is TimeInForce.DAY)
 """No GTC for market orders and paper accounts; no extended session for market orders and HK."""
 
 BEIJING = timezone(timedelta(hours=8))  # of transaction times that come without a number
+# As Tiger writes them (quote/response/market_status_response.py); CST may be Chicago's or China's.
+ZONES = {"EST": "-05:00", "EDT": "-04:00", "HKT": "+08:00", "UTC": "+00:00", "GMT": "+00:00"}
+YEAR_1973, YEAR_2286 = 10**8, 10**10  # seconds; what lies outside is counted in another unit
+NO_TIME = datetime.fromtimestamp(0, UTC)  # of a fill whose time Tiger does not tell
 
 
 # --- parsing: pure functions ------------------------------------------------------------------
@@ -112,17 +116,36 @@ def scaled(quantity: Any, scale: Any) -> Number:
 
 
 def held(position: Mapping[str, Any]) -> Number | None:
-    """`positionQty`; the deprecated `position` and `positionScale` (docs.itigerup.com/docs/accounts)
-    tell what the former does not. None when nothing is told."""
+    """`positionQty`; `position` and `positionScale`, which docs.itigerup.com/docs/accounts calls
+    deprecated, tell what the former does not. None when nothing is told."""
     told = number(position.get("positionQty"))
     if told or number(position.get("position")) is None:
         return told
     return scaled(position["position"], position.get("positionScale"))
 
 
-def moment(milliseconds: Any) -> datetime | None:
-    found = number(milliseconds)
-    return datetime.fromtimestamp(float(found) / 1000, UTC) if found else None
+def moment(told: Any) -> datetime | None:
+    """A time in milliseconds, or in micro- or nanoseconds, or written out in ISO's form with a zone
+    (Beijing's if there is none); None for anything else."""
+    found = number(told)
+    if found is None:
+        return _written_moment(str(told or "").strip())
+    for unit in (1_000, 1_000_000, 1_000_000_000):
+        seconds = Decimal(found) / unit
+        if YEAR_1973 < seconds < YEAR_2286:
+            return datetime.fromtimestamp(float(seconds), UTC)
+    return None
+
+
+def _written_moment(text: str) -> datetime | None:
+    date, _, zone = text.rpartition(" ")
+    if zone in ZONES:
+        text = f"{date}{ZONES[zone]}"
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return found if found.tzinfo else found.replace(tzinfo=BEIJING)
 
 
 def order_id_of(value: Any) -> str | None:
@@ -230,9 +253,7 @@ def parse_push(data: Any) -> OrderReport:
 
 def parse_fill(transaction: Any) -> Fill:
     told = moment(getattr(transaction, "transaction_time", None))
-    if told is None:
-        text = str(transaction.transacted_at)
-        told = datetime.strptime(text, "%Y-%m-%d %H:%M:%S").replace(tzinfo=BEIJING)
+    told = told or moment(getattr(transaction, "transacted_at", None)) or NO_TIME
     return Fill(
         fill_id=str(transaction.id),
         order_id=str(transaction.order_id),

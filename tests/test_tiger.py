@@ -542,6 +542,54 @@ def test_fills(trade: Any, account: Any, exchange: Exchange) -> None:
     assert all(fill.order_id == order_id and fill.time.tzinfo for fill in fills)
 
 
+MOMENT = 1754942400.0
+
+
+@pytest.mark.parametrize(
+    ("number", "text", "told"),
+    [
+        (1754942400000, None, MOMENT),
+        (1754942400000000, None, MOMENT),
+        (1754942400000000000, "odd", MOMENT),
+        (None, "2025-08-12 04:00:00", MOMENT),
+        (0, "2025-08-12T04:00:00", MOMENT),
+        (None, "2025-08-11T20:00:00Z", MOMENT),
+        (None, "2025-08-11T16:00:00-04:00", MOMENT),
+        (None, "2025-08-11 16:00:00 EDT", MOMENT),
+        (None, "2025-08-12 04:00:00.000", MOMENT),
+        (None, 1754942400000, MOMENT),
+        (None, "2025-08-12 04:00:00 CST", 0),
+        (None, "just now", 0),
+        (None, None, 0),
+    ],
+)
+def test_when_a_fill_was(
+    trade: Any,
+    account: Any,
+    gateway: TigerGateway,
+    exchange: Exchange,
+    number: Any,
+    text: Any,
+    told: float,
+) -> None:
+    order_id = place(trade)
+    exchange.fill(order_id, 12, "199.5")
+    times = {"transactionTime": number, "transactedAt": text}
+    gateway.rewrites["fills"] = lambda data: {"items": [one | times for one in data["items"]]}
+    (fill,) = account.fills(order_id)
+    assert (fill.time.timestamp(), fill.qty) == (told, 12)
+
+
+def test_an_odd_time_does_not_spoil_a_list(trade: Any, account: Any, gateway: TigerGateway) -> None:
+    ids = [place(trade) for _ in range(5)]
+    odd = dict(zip(map(int, ids), [1754942400000000, "soon", -1, 1e300, 7], strict=True))
+    gateway.rewrites["orders"] = lambda data: {
+        "items": [one | {"openTime": odd[one["id"]]} for one in data["items"]]
+    }
+    times = {one.order.order_id: one.time for one in account.recent_orders()}
+    assert [times[one] and times[one].timestamp() for one in ids] == [MOMENT, *[None] * 4]
+
+
 def test_global_accounts_have_no_single_fills(args: dict[str, Any]) -> None:
     with connected(args, "account", account=GLOBAL) as broker, pytest.raises(Unsupported):
         broker.fills("40139406481165313")
@@ -1587,6 +1635,12 @@ def test_numbers_are_finite_or_none(value: Any) -> None:
     found = mapping.number(value)
     assert found is None or Decimal(found).is_finite()
     assert not isinstance(found, float)
+
+
+@given(st.one_of(st.floats(), st.integers(), st.text(), st.none(), st.decimals()))
+def test_moments_are_aware_or_none(value: Any) -> None:
+    found = mapping.moment(value)
+    assert found is None or found.tzinfo
 
 
 @given(st.text())
