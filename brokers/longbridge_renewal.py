@@ -21,6 +21,8 @@ from httptrading.brokers.longbridge_token import (
     Token,
     TokenFile,
     TokenFileError,
+    claims_of,
+    epoch_of,
 )
 
 log = logging.getLogger("httptrading.longbridge")
@@ -30,20 +32,31 @@ GRANT = timedelta(days=90)
 COMPLAINT_SECONDS = 3600.0
 
 
-def parse_grant(data: Any) -> Token:
-    """A renewed token with the end that LongPort granted; ValueError when it is not one."""
-    if not isinstance(data, Mapping):
+def parse_grant(data: Any, asked_end: float) -> Token:
+    """A renewed token; ValueError when there is none.
+
+    Whatever its end looks like, the token is kept: the old one is dead by now. The SDK reads only
+    `token`, too (rust/src/config.rs, refresh_access_token).
+    """
+    text = data.get("token") if isinstance(data, Mapping) else None
+    if not isinstance(text, str) or not re.fullmatch(r"[!#-\[\]-~]+", text):  # for the file: no " \
         raise ValueError("no token")
-    text, end = data.get("token"), data.get("expired_at")
-    if (
-        not isinstance(text, str)
-        or not re.fullmatch(r"[!-~]+", text)
-        or '"' in text
-        or "\\" in text
-    ):
-        raise ValueError("no token")
-    moment = datetime.fromisoformat(str(end))
-    return Token(text, float(int(moment.replace(tzinfo=moment.tzinfo or UTC).timestamp())))
+    ends = (data.get("expired_at"), claims_of(text).get("exp"))
+    known = next((end for end in map(_end_of, ends) if end is not None), asked_end)
+    return Token(text, float(int(known)))
+
+
+def _end_of(value: Any) -> float | None:
+    """A moment to come, from ISO text or epoch seconds or milliseconds; None when it is none."""
+    try:
+        if isinstance(value, str) and re.fullmatch(r"\d{9,}", value):
+            value = int(value)
+        if isinstance(value, int | float) and value > 1e11:
+            value /= 1000
+        end = epoch_of(value)
+    except (ValueError, OverflowError, OSError):
+        return None
+    return end if end > time.time() else None
 
 
 class Renewer:
@@ -129,13 +142,13 @@ class Renewer:
             if old is None:
                 return
             rest = self._make_rest(old)
-            end = (datetime.now(UTC) + GRANT).isoformat(timespec="milliseconds")
-            query = {"expired_at": end.replace("+00:00", "Z")}
+            end = datetime.now(UTC) + GRANT
+            query = {"expired_at": end.isoformat(timespec="milliseconds").replace("+00:00", "Z")}
             try:
                 renewal.begin()
                 async with asyncio.timeout(RENEWAL_SECONDS):
                     data = await rest.request("GET", "/v1/token/refresh", query)
-                self._write(renewal, parse_grant(data))
+                self._write(renewal, parse_grant(data, end.timestamp()))
             except TokenFileError as error:
                 self._complain(str(error))
             except (NotSent, Refused) as error:

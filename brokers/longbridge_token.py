@@ -98,7 +98,7 @@ def parse_token(text: str, path: Path | str = "the token file") -> Token:
     if not isinstance(token, str) or not re.fullmatch(r"[!-~]+", token):
         raise TokenFileError(f"The LongBridge token file {path} has no text called token")
     try:
-        expiry = _epoch(values["expiry"])
+        expiry = epoch_of(values["expiry"])
     except (KeyError, ValueError, OverflowError, OSError):
         raise TokenFileError(
             f"The LongBridge token file {path} has no time called expiry, like 2026-11-22T08:00:00Z"
@@ -106,7 +106,8 @@ def parse_token(text: str, path: Path | str = "the token file") -> Token:
     return Token(token, expiry)
 
 
-def _epoch(value: Any) -> float:
+def epoch_of(value: Any) -> float:
+    """Of a time, an ISO text or epoch seconds; ValueError, OverflowError or OSError."""
     if isinstance(value, str):
         value = datetime.fromisoformat(value)
     if isinstance(value, datetime):

@@ -599,6 +599,20 @@ class TestToken:
             assert trader.cash().ok
         assert len(exchange.received("refresh")) == 1, "no storm"
 
+    def test_a_renewed_token_without_its_end_is_kept(
+        self, exchange: Exchange, server: LongPort, tmp_path: Path
+    ) -> None:
+        path = token_file(tmp_path, seconds=3600)
+        server.answers["refresh"] = lambda data: {"token": data["token"]}
+        each = broker(server, tmp_path, auto_refresh_token=True)
+        with Desk(tmp_path / "data", each) as desk:
+            desk.trader().ping()
+            wait_for(lambda: read_token(path, "app-key").text != "token-1", "the new token on disk")
+            token = read_token(path, "app-key")
+            assert list(server.tokens) == [token.text]
+            assert token.remaining() > 80 * 86400, "as long as it was asked for"
+            assert desk.served().place(ORDER).ok
+
     def test_nothing_is_renewed_unasked(
         self, exchange: Exchange, server: LongPort, tmp_path: Path
     ) -> None:

@@ -1,5 +1,7 @@
 """LongPort's words and ours, and its markets' hours: tables and pure functions."""
 
+import base64
+import json
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from types import SimpleNamespace
@@ -292,12 +294,43 @@ def test_positions_over_all_channels() -> None:
     }
 
 
-def test_a_granted_token() -> None:
-    token = parse_grant({"token": "m_new", "expired_at": "2022-05-14T12:13:57.859Z"})
-    assert (token.text, token.expiry) == ("m_new", 1652530437)
-    for bad in (None, {}, {"token": "a b", "expired_at": "2022-05-14"}, {"token": "a"}):
-        with pytest.raises(ValueError):
-            parse_grant(bad)
+def jwt(**claims: object) -> str:
+    """A token as LongPort makes them, unsigned."""
+    parts = [base64.urlsafe_b64encode(json.dumps(part).encode()) for part in ({}, claims)]
+    return f"m_{parts[0].decode().rstrip('=')}.{parts[1].decode().rstrip('=')}.sign"
+
+
+GRANTED, OWN_END, ASKED = 4070953437.0, 4070953000, 4070952000.0
+
+
+@pytest.mark.parametrize(
+    ("end", "expiry"),
+    [
+        ("2099-01-01T12:23:57.859Z", GRANTED),
+        ("2099-01-01T12:23:57.123456789Z", GRANTED),
+        ("2099-01-01T20:23:57+08:00", GRANTED),
+        (GRANTED, GRANTED),
+        ("4070953437", GRANTED),
+        (4070953437859, GRANTED),
+        ("4070953437859", GRANTED),
+        *((bad, None) for bad in (..., None, "", "soon", True, 0, "0", "2020-01-01", [], 1e300)),
+        ("Thu, 01 Jan 2099 12:23:57 GMT", None),
+    ],
+)
+def test_a_granted_token_is_kept_whatever_its_end_looks_like(
+    end: object, expiry: float | None
+) -> None:
+    """The old one is dead, so this is the only one."""
+    for text, else_ in (("m_new", ASKED), (jwt(exp=OWN_END), OWN_END), (jwt(exp="x"), ASKED)):
+        data = {"token": text} if end is ... else {"token": text, "expired_at": end}
+        token = parse_grant(data, ASKED)
+        assert (token.text, token.expiry) == (text, expiry or else_)
+
+
+@pytest.mark.parametrize("data", [None, [], {}, {"token": None}, {"token": ""}, {"token": "a b"}])
+def test_what_is_no_granted_token(data: Any) -> None:
+    with pytest.raises(ValueError):
+        parse_grant(data, ASKED)
 
 
 # --- REST -------------------------------------------------------------------------------------

@@ -163,6 +163,9 @@ class LongPort:
         self.channels = {"US": "lb"}
         """Region → account channel of its positions; any other region is in `lb_papertrading`."""
         self.frozen_cash = Decimal("77.7")
+        self.answers: dict[str, Callable[[Any], Any]] = {}
+        """Operation → what becomes of its answer (REST: `data`, WebSocket: the message), which was
+        done before. Bytes from a REST operation are the whole HTTP answer (`http_answer`)."""
         self.quote_rate = (10, 5)
         """(a second, burst) announced to the SDK for its own limiter."""
         self.orders_listed_after = 0.0
@@ -317,6 +320,9 @@ class LongPort:
             raise Hang
         try:
             payload = self._answer(connection, method, url.path, url.query, headers, body)
+            if isinstance(payload, bytes):
+                connection.socket.sendall(payload)
+                return False
             status, text = 200, json.dumps({"code": 0, "message": "success", "data": payload})
         except Refusal as refusal:
             status = refusal.status
@@ -369,9 +375,9 @@ class LongPort:
             fields.update(json.loads(body))
         fault = self.exchange.receive(operation, **fields, path=path, authorization=_token(headers))
         self._check_token(_token(headers))
-        return self._with_fault(
-            connection, fault, lambda: handler(fields | {"token": _token(headers), "path": path})
-        )
+        fields |= {"token": _token(headers), "path": path}
+        change = self.answers.get(operation, _unchanged)
+        return self._with_fault(connection, fault, lambda: change(handler(fields)))
 
     def _with_fault(
         self, connection: Connection, fault: Fault | None, do: Callable[[], Any]
@@ -716,7 +722,8 @@ class LongPort:
             operation, handler = quote_commands[command]
             fields = {"symbols": wire.texts(body, 1)} if command in (QUOTE, STATIC) else {}
             fault = self.exchange.receive(operation, **fields)
-            done = self._with_fault(connection, fault, lambda: handler(body))
+            change = self.answers.get(operation, _unchanged)
+            done = self._with_fault(connection, fault, lambda: change(handler(body)))
         else:
             raise Refusal(3, f"unknown command {command}")
         assert isinstance(done, bytes)
@@ -868,6 +875,16 @@ class _Page(Exception):
     def __init__(self, status: int) -> None:
         super().__init__(status)
         self.status = status
+
+
+def http_answer(status: int, text: str) -> bytes:
+    """A whole HTTP answer, with the end of its connection."""
+    head = f"HTTP/1.1 {status} {http.client.responses.get(status, 'Unknown')}\r\n"
+    return f"{head}Content-Length: {len(text.encode())}\r\nConnection: close\r\n\r\n{text}".encode()
+
+
+def _unchanged(answer: Any) -> Any:
+    return answer
 
 
 def _token(headers: dict[str, str]) -> str:
