@@ -28,7 +28,7 @@ from httptrading.brokers.longbridge_hours import (
     parse_market_codes,
     session_state,
 )
-from httptrading.brokers.longbridge_renewal import Renewer
+from httptrading.brokers.longbridge_renewal import Account, Renewer
 from httptrading.brokers.longbridge_rest import LongPortRest, NoAnswer, NotSent, Query, Refused
 from httptrading.brokers.longbridge_token import Token, TokenFile, TokenFileError
 from httptrading.brokers.longbridge_words import (
@@ -186,7 +186,12 @@ class LongBridge(BaseBroker):
         self._file = TokenFile(self._file.path, self._app_key)  # this copy's own view of it
         token = self._usable_token(self._file.read)
         self._tasks, self._calendars, self._currencies = [], {}, {}
-        self._rest = self._rest_with(None)
+        self._rest = LongPortRest(
+            self._urls["http_url"],
+            self._app_key,
+            self._app_secret,
+            lambda: self._file.current().text,
+        )
         # Before the SDK, which would wait for a silent LongBridge for 30 s.
         try:
             async with asyncio.timeout(PROBE_SECONDS):
@@ -194,7 +199,8 @@ class LongBridge(BaseBroker):
         except (TimeoutError, TimedOut):
             raise BrokerUnavailable("LongBridge does not answer") from None
         if self.connection == "trade":
-            self._renewer = Renewer(self._file, self._app_key, self._rest_with, renews=self._renews)
+            account = Account(self._app_key, self._app_secret, self._urls["http_url"])
+            self._renewer = Renewer(self._file, account, renews=self._renews)
             self._watch(self._renewer.look, RENEWAL_LOOK_SECONDS)
         elif self.connection == "quote":
             self._context = longbridge_sdk.quote_context(self._access(token))
@@ -205,15 +211,6 @@ class LongBridge(BaseBroker):
             self._watch(self._look_at_push)
             await self._report_today()
         self._watch(lambda: self._look_at_token(token))
-
-    def _rest_with(self, token: Token | None) -> LongPortRest:
-        """A client with this token, or with the file's whatever it is."""
-        return LongPortRest(
-            self._urls["http_url"],
-            self._app_key,
-            self._app_secret,
-            lambda: (token or self._file.current()).text,
-        )
 
     def _access(self, token: Token) -> longbridge_sdk.Access:
         return longbridge_sdk.Access(

@@ -32,18 +32,20 @@ LARGEST_MESSAGE = 64 * 1024 * 1024
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
-# Loads exactly this copy of httptrading, and nothing else that lies beside it, into whatever
-# interpreter runs the child: its own site-packages stay its own.
-_BOOTSTRAP = """
+# Loads exactly this copy of httptrading (its `front_door()` is the first argument), and nothing else
+# that lies beside it, into whatever interpreter runs it: its own site-packages stay its own.
+LOADER = """
 import importlib.util, sys
-init, descriptor, lifeline = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+init = sys.argv[1]
 spec = importlib.util.spec_from_file_location(
     "httptrading", init, submodule_search_locations=[init.rpartition("/")[0]])
 package = importlib.util.module_from_spec(spec)
 sys.modules["httptrading"] = package
 spec.loader.exec_module(package)
+"""
+_BOOTSTRAP = f"""{LOADER}
 from httptrading.brokers.child import main
-main(descriptor, lifeline)
+main(int(sys.argv[2]), int(sys.argv[3]))
 """
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
+import psutil
 import pytest
 
 from acceptance.cases import BrokerAcceptance, FaultAcceptance, PushAcceptance
@@ -613,6 +614,45 @@ class TestToken:
             assert token.remaining() > 80 * 86400, "as long as it was asked for"
             assert desk.served().place(ORDER).ok
 
+    @pytest.mark.parametrize("end", ["stop", "kill"])
+    def test_a_slow_renewal_outlives_the_service(
+        self, exchange: Exchange, server: LongPort, tmp_path: Path, end: str
+    ) -> None:
+        """The old token is dead, and the answer with the new one is still to come."""
+        path = token_file(tmp_path, seconds=3600)
+        exchange.fault("refresh", FaultKind.LATE, seconds=600)
+        each = broker(server, tmp_path, auto_refresh_token=True)
+        with Desk(tmp_path / "data", each) as desk:
+            desk.trader().ping()
+            wait_for(lambda: "token-1" not in server.tokens, "the old token's end")
+            if end == "kill":
+                desk.kill("trade")
+        assert read_token(path, "app-key").text == "token-1"
+        server.let_go.set()
+        wait_for(lambda: read_token(path, "app-key").text != "token-1", "the new token on disk")
+        assert list(server.tokens) == [read_token(path, "app-key").text]
+
+    def test_a_renewed_token_that_nobody_is_left_to_keep_is_written_somehow(
+        self,
+        exchange: Exchange,
+        server: LongPort,
+        tmp_path: Path,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        path = token_file(tmp_path, seconds=3600)
+        exchange.fault("refresh", FaultKind.LATE, seconds=600)
+        each = broker(server, tmp_path, auto_refresh_token=True)
+        with Desk(tmp_path / "data", each) as desk:
+            desk.trader().ping()
+            wait_for(lambda: "token-1" not in server.tokens, "the old token's end")
+            [renewal] = psutil.Process(desk.child("trade")).children()
+            obstacle = tmp_path / f".token.toml.{renewal.pid}.new"
+            obstacle.mkdir()
+        server.let_go.set()
+        wait_for(lambda: "could not be written" in capfd.readouterr().err, "a vain attempt")
+        obstacle.rmdir()
+        wait_for(lambda: read_token(path, "app-key").text != "token-1", "the new token on disk")
+
     def test_nothing_is_renewed_unasked(
         self, exchange: Exchange, server: LongPort, tmp_path: Path
     ) -> None:
@@ -631,9 +671,13 @@ class TestToken:
             trader = desk.trader()
             trader.ping()
             exchange.wait_for(lambda: exchange.received("refresh"))
-            # In the way of the file that the child is about to write.
-            obstacle = tmp_path / f".token.toml.{desk.child('trade')}.new"
-            obstacle.mkdir()
+            # In the way of the file that they are about to write.
+            writers = [psutil.Process(desk.child("trade"))]
+            writers += writers[0].children()
+            assert len(writers) == 2
+            obstacles = [tmp_path / f".token.toml.{each.pid}.new" for each in writers]
+            for obstacle in obstacles:
+                obstacle.mkdir()
             server.let_go.set()
             wait_for(lambda: "token-1" not in server.tokens, "the old token's end")
             [new] = server.tokens
@@ -654,7 +698,8 @@ class TestToken:
             wait_for(trades_with_the_new_one, "the new token still to be used")
             placed = trader.place(ORDER, key="later")
             assert placed.ok and not placed.replayed, placed
-            obstacle.rmdir()
+            for obstacle in obstacles:
+                obstacle.rmdir()
             wait_for(lambda: read_token(path, "app-key").text == new, "the new token on disk")
         assert len(exchange.received("refresh")) == 1
 
