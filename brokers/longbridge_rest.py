@@ -72,7 +72,7 @@ class LongPortRest:
                 writer.write(request)
                 await writer.drain()
                 status, text, keep = await read_answer(reader)
-            except (OSError, EOFError, ValueError) as error:
+            except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
                 raise NoAnswer(type(error).__name__) from None
             finally:
                 if not keep:  # also when cancelled: a late answer must not meet the next request
@@ -170,26 +170,50 @@ async def open_streams(
 
 
 async def read_answer(reader: asyncio.StreamReader) -> tuple[int, bytes, bool]:
-    """Status, body, and whether the connection may be used again (RFC 9112)."""
-    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-    version, code, *_ = head[0].split(" ", 2)
-    status = int(code)
+    """Status, body, and whether the connection may be used again (RFC 9112, 6.3)."""
+    status = 100
+    while status < 200:  # 1xx only announces the answer
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        version, code, *_ = head[0].split(" ", 2)
+        status = int(code)
     headers = {
         name.strip().lower(): value.strip()
         for name, _, value in (line.partition(":") for line in head[1:])
     }
     keep = version == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
-    if headers.get("transfer-encoding", "").lower() == "chunked":
-        parts = []
-        while size := int((await reader.readline()).split(b";")[0], 16):
-            parts.append(await reader.readexactly(size))
-            await reader.readline()
-        while (await reader.readline()).strip():
-            pass
-        return status, b"".join(parts), keep
-    if "content-length" in headers:
-        return status, await reader.readexactly(int(headers["content-length"])), keep
-    return status, await reader.read(LARGEST_ANSWER), False
+    coding = headers.get("transfer-encoding", "").lower()
+    if status in (204, 304):
+        return status, b"", keep
+    if coding.endswith("chunked"):
+        return status, await read_chunks(reader), keep
+    if "content-length" in headers and not coding:
+        return status, await reader.readexactly(bounded(int(headers["content-length"]))), keep
+    return status, await read_to_end(reader), False
+
+
+async def read_chunks(reader: asyncio.StreamReader) -> bytes:
+    body = bytearray()
+    while size := int((await reader.readline()).split(b";")[0], 16):
+        bounded(len(body) + size)
+        body += await reader.readexactly(size)
+        await reader.readline()
+    while (await reader.readline()).strip():
+        pass
+    return bytes(body)
+
+
+async def read_to_end(reader: asyncio.StreamReader) -> bytes:
+    body = bytearray()
+    while part := await reader.read(65536):
+        body += part
+        bounded(len(body))
+    return bytes(body)
+
+
+def bounded(size: int) -> int:
+    if not 0 <= size <= LARGEST_ANSWER:
+        raise ValueError("no answer is that large")
+    return size
 
 
 def read_envelope(status: int, text: bytes) -> Any:

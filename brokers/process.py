@@ -32,8 +32,8 @@ LARGEST_MESSAGE = 64 * 1024 * 1024
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
-# Loads exactly this copy of httptrading (its `front_door()` is the first argument), and nothing else
-# that lies beside it, into whatever interpreter runs it: its own site-packages stay its own.
+# Loads exactly this copy of httptrading (first argument: its `front_door()`), and nothing else that
+# lies beside it, into whatever interpreter runs it: its own site-packages stay its own.
 LOADER = """
 import importlib.util, sys
 init = sys.argv[1]

@@ -17,7 +17,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from httptrading.brokers import longbridge_rest
-from httptrading.brokers.longbridge_rest import LongPortRest, NoAnswer, NotSent, Refused
+from httptrading.brokers.longbridge_rest import (
+    LongPortRest,
+    NoAnswer,
+    NotSent,
+    Refused,
+    read_answer,
+)
 from simulators.exchange import Exchange, FaultKind
 from simulators.longport import LongPort
 
@@ -138,6 +144,66 @@ def test_every_framing_of_an_answer() -> None:
                 assert await rest.request("GET", "/v1/x") == {"a": 1}
             rest.close()
         assert [head == b"" for head in came] == [True, False, False, False, True, False]
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    "head",
+    ["200 OK\r\nConnection: close", "200 OK", "200 OK\r\nTransfer-Encoding: identity"],
+)
+def test_an_answer_that_ends_with_its_connection_is_read_to_the_end(head: str) -> None:
+    async def work() -> None:
+        reader = asyncio.StreamReader()
+        reader.feed_data(answer(head, OK[:9]))
+        reading = asyncio.create_task(read_answer(reader))
+        while reader._buffer:  # type: ignore[attr-defined]
+            await asyncio.sleep(0)
+        reader.feed_data(OK[9:])
+        reader.feed_eof()
+        assert await reading == (200, OK, False)
+
+    run(work)
+
+
+def test_what_has_no_body_and_what_comes_before_an_answer() -> None:
+    async def work() -> None:
+        whole = answer(f"200 OK\r\nContent-Length: {len(OK)}", OK)
+        async with answering(
+            answer("204 No Content", b""),
+            answer("304 Not Modified\r\nContent-Length: 40", b""),
+            answer("100 Continue", answer("103 Early Hints\r\nLink: x", whole)),
+        ) as (url, came):
+            rest = client(url)
+            for _ in range(2):
+                with pytest.raises(NoAnswer):
+                    await rest.request("GET", "/v1/x")
+            assert await rest.request("GET", "/v1/x") == {"a": 1}
+            rest.close()
+        assert came.count(b"") == 1, "one connection for all of them"
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    ("head", "body"),
+    [
+        ("200 OK", b"x" * 1025),
+        ("200 OK\r\nContent-Length: 1025", b""),
+        ("200 OK\r\nTransfer-Encoding: chunked", b"400\r\n" + b"x" * 1024 + b"\r\n1\r\nx\r\n"),
+    ],
+)
+def test_no_answer_is_larger_than_allowed(
+    monkeypatch: pytest.MonkeyPatch, head: str, body: bytes
+) -> None:
+    monkeypatch.setattr(longbridge_rest, "LARGEST_ANSWER", 1024)
+
+    async def work() -> None:
+        reader = asyncio.StreamReader()
+        reader.feed_data(answer(head, body))
+        reader.feed_eof()
+        with pytest.raises(ValueError):
+            await read_answer(reader)
 
     run(work)
 
