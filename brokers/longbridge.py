@@ -9,11 +9,12 @@ Facts and their sources: docs/brokers/longbridge.md.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import os
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,19 +30,30 @@ from httptrading.brokers.longbridge_hours import (
     session_state,
 )
 from httptrading.brokers.longbridge_renewal import Account, Renewer
-from httptrading.brokers.longbridge_rest import LongPortRest, NoAnswer, NotSent, Query, Refused
+from httptrading.brokers.longbridge_rest import (
+    UNREADABLE,
+    LongPortRest,
+    NoAnswer,
+    NotSent,
+    Query,
+    Refused,
+)
 from httptrading.brokers.longbridge_token import Token, TokenFile, TokenFileError
 from httptrading.brokers.longbridge_words import (
     OPEN_WORDS,
     UNKNOWN_ORDER_CODE,
     CodedRejection,
+    epoch_seconds,
     name_of,
     parse_cash,
     parse_fill,
+    parse_listed,
     parse_order,
     parse_positions,
+    parse_readable,
     push_row,
     refusal,
+    rows_of,
     to_order_body,
     to_symbol,
     usual_currency,
@@ -95,6 +107,9 @@ WATCH_SECONDS = 0.5
 RENEWAL_LOOK_SECONDS = 5.0
 LISTING_DAYS = timedelta(days=8)  # a gateway that was down over a long weekend finds its orders
 HISTORY = timedelta(days=89)  # one history request spans 90 days at most
+
+
+NOT_INTELLIGIBLE = "LongBridge gave no intelligible answer; try again"
 
 
 # --- the broker -------------------------------------------------------------------------------
@@ -260,7 +275,12 @@ class LongBridge(BaseBroker):
             log.warning("no free slot to list today's orders after connecting LongBridge's pushes")
             return
         data = await self._get("/v1/trade/order/today")
-        self.report(*map(parse_order, data.get("orders") or ()))
+        try:
+            rows = rows_of(data, "orders")
+        except UNREADABLE:
+            log.error("LongBridge's list of today's orders could not be read; pushes work")
+            return
+        self.report(*parse_readable(rows))
 
     def _on_order_changed(self, event: Any) -> None:
         """On a thread of the SDK, which swallows whatever is raised here."""
@@ -290,7 +310,7 @@ class LongBridge(BaseBroker):
         except TimeoutError:
             raise TimedOut(f"LongBridge did not answer within {self.read_seconds:g} s") from None
         except NoAnswer:
-            raise TimedOut("LongBridge gave no intelligible answer; try again") from None
+            raise TimedOut(NOT_INTELLIGIBLE) from None
 
     async def _change(
         self, method: str, query: Query | None, body: Mapping[str, str] | None
@@ -392,11 +412,13 @@ class LongBridge(BaseBroker):
     async def order(self, order_id: str) -> OrderReport:
         _check_order_id(order_id)
         try:
-            return parse_order(await self._get("/v1/trade/order", {"order_id": order_id}))
+            data = await self._get("/v1/trade/order", {"order_id": order_id})
         except CodedRejection as refused:
             if refused.longport_code == UNKNOWN_ORDER_CODE:
                 raise OrderNotFound(f"LongBridge knows no order {order_id}") from None
             raise
+        with _reading():
+            return parse_order(data)
 
     def listed_since(self, now: datetime) -> datetime:
         return now - LISTING_DAYS
@@ -405,25 +427,30 @@ class LongBridge(BaseBroker):
         """Today's, those of the last LISTING_DAYS, and older ones that are still open."""
         now = datetime.now(UTC)
         data = await self._get("/v1/trade/order/today")
-        rows = data.get("orders") or []
+        with _reading():
+            rows = rows_of(data, "orders")
         for query in (
             _range(now - LISTING_DAYS, now),
             _range(now - HISTORY, now) | {"status": OPEN_WORDS},
         ):
             rows += await self._pages("order", "orders", "submitted_at", query)
-        # Today's list first: of an order in several, it has the latest.
-        return list({row["order_id"]: parse_order(row) for row in reversed(rows)}.values())
+        with _reading():
+            # Today's list first: of an order in several, it has the latest.
+            reports = [parse_listed(row) for row in reversed(rows)]
+        return list({report.order.order_id: report for report in reports}.values())
 
     async def fills(self, order_id: str) -> list[Fill]:
         _check_order_id(order_id)
         data = await self._get("/v1/trade/execution/today", {"order_id": order_id})
-        rows = data.get("trades") or []
+        with _reading():
+            rows = rows_of(data, "trades")
         now = datetime.now(UTC)
         rows += await self._pages(
             "execution", "trades", "trade_done_at", _range(now - HISTORY, now)
         )
-        mine = [row for row in rows if str(row["order_id"]) == order_id]
-        return list({row["trade_id"]: parse_fill(row) for row in mine}.values())
+        with _reading():
+            mine = [row for row in rows if str(row["order_id"]) == order_id]
+            return list({row["trade_id"]: parse_fill(row) for row in mine}.values())
 
     async def _pages(
         self, what: str, key: str, moment: str, query: dict[str, str | Sequence[str]]
@@ -433,11 +460,13 @@ class LongBridge(BaseBroker):
         while True:
             await self._another_slot()
             data = await self._get(f"/v1/trade/{what}/history", query)
-            page = data.get(key) or []
-            rows += page
-            if not data.get("has_more") or not page:
-                return rows
-            oldest = str(min(int(row[moment]) for row in page))
+            with _reading():
+                page = rows_of(data, key)
+                rows += page
+                if not data.get("has_more") or not page:
+                    return rows
+                moments = [epoch_seconds(row.get(moment)) for row in page]
+                oldest = str(min(each for each in moments if each is not None))
             if oldest == query["end_at"]:
                 raise TimedOut(f"LongBridge's {what} history does not end; try again")
             query = {**query, "end_at": oldest}
@@ -462,13 +491,16 @@ class LongBridge(BaseBroker):
 
     async def cash(self, currency: str = "USD") -> Cash:
         data = await self._get("/v1/asset/account", {"currency": currency})
-        return Cash(currency, parse_cash(data, currency))
+        with _reading():
+            return Cash(currency, parse_cash(data, currency))
 
     async def positions(self) -> list[Position]:
         data = await self._get("/v1/asset/stock")
+        with _reading():
+            held = parse_positions(data)
         return [
             Position(self.broker_name, self.broker_display, contract, Unit.Share, currency, qty)
-            for contract, (currency, qty) in parse_positions(data).items()
+            for contract, (currency, qty) in held.items()
         ]
 
     # --- the operations: quotes ---------------------------------------------------------------
@@ -542,6 +574,16 @@ class LongBridge(BaseBroker):
             calendar = Calendar(first, last, frozenset(days.trading_days) | half, half)
             self._calendars[region] = calendar
         return session_state(region, now, self._periods.get(region, ()), calendar)
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """What is not as documented is no answer: asked again, LongPort may give one."""
+    try:
+        yield
+    except UNREADABLE as error:
+        log.error("LongBridge: an answer could not be read (%s)", type(error).__name__)
+        raise TimedOut(NOT_INTELLIGIBLE) from None
 
 
 def _check_order_id(order_id: str) -> None:

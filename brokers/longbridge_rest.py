@@ -23,6 +23,10 @@ from urllib.parse import quote, unquote, urlsplit
 CONNECT_SECONDS = 5.0
 LARGEST_ANSWER = 32 * 1024 * 1024
 
+UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+"""What reading an answer raises that is not as documented: of another shape, `Infinity` for a code,
+nested without end."""
+
 Query = Mapping[str, str | Sequence[str]]
 
 
@@ -225,7 +229,7 @@ def read_envelope(status: int, text: bytes) -> Any:
         envelope = json.loads(text)
         code = int(envelope["code"])
         message = str(envelope.get("message") or envelope.get("msg") or "")
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except UNREADABLE:
         if status == 429:
             raise Refused(429, 429000, "too many requests") from None
         raise NoAnswer(f"HTTP {status}") from None

@@ -5,14 +5,15 @@ Rows are those of LongPort's REST answers; sources: docs/brokers/longbridge.md.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
-from httptrading.brokers.longbridge_rest import NoAnswer, Refused
+from httptrading.brokers.longbridge_rest import UNREADABLE, NoAnswer, Refused
 from httptrading.errors import BrokerUnavailable, RateLimited, Rejected, Unsupported
 from httptrading.model import (
     CURRENCIES,
@@ -25,6 +26,8 @@ from httptrading.model import (
     TimeInForce,
     TradeType,
 )
+
+log = logging.getLogger("httptrading.longbridge")
 
 _Result = TypeVar("_Result")
 
@@ -143,6 +146,14 @@ def to_order_body(
     return body
 
 
+def rows_of(data: Any, key: str) -> list[Any]:
+    """The rows of an answer, where the SDK needs a list, too (rust/src/trade/context.rs)."""
+    rows = data[key]
+    if not isinstance(rows, list):
+        raise TypeError("no list")
+    return rows
+
+
 def parse_order(row: Mapping[str, Any]) -> OrderReport:
     """An order as REST lists it, or as `push_row` makes it of a push."""
     status = str(row["status"]).removesuffix("Status")
@@ -150,9 +161,9 @@ def parse_order(row: Mapping[str, Any]) -> OrderReport:
     contract = to_contract(str(row["symbol"]))
     price = _number(row.get("price"))
     order = Order(
-        order_id=str(row["order_id"]),
+        order_id=_order_id(row),
         currency=str(row.get("currency") or ""),
-        qty=_number(row["quantity"]),
+        qty=_required(row, "quantity"),
         filled_qty=_number(row.get("executed_quantity")),
         avg_price=_number(row.get("executed_price")),
         error_reason=(message or status) if status in FAILED else "",
@@ -170,6 +181,31 @@ def parse_order(row: Mapping[str, Any]) -> OrderReport:
         lifecycle=_known(row.get("outside_rth"), Lifecycle),
         time=_moment(row.get("submitted_at")),
     )
+
+
+def parse_listed(row: Mapping[str, Any]) -> OrderReport:
+    """An order of a listing, in which a missing one counts as not placed: of one that cannot be
+    read, its id and mark. The gateway leaves a quantity of 0 as it is known."""
+    try:
+        return parse_order(row)
+    except UNREADABLE as error:
+        mark = row.get("remark") or ""
+        if not isinstance(mark, str):
+            raise
+        order = Order(_order_id(row), currency="", qty=0)
+        log.error("an order in a list could not be read (%s)", type(error).__name__)
+        return OrderReport(order, mark)
+
+
+def parse_readable(rows: Iterable[Mapping[str, Any]]) -> list[OrderReport]:
+    """Those that can be read, where nothing follows from a missing one."""
+    found = []
+    for row in rows:
+        try:
+            found.append(parse_order(row))
+        except UNREADABLE as error:
+            log.error("an order in a list could not be read (%s)", type(error).__name__)
+    return found
 
 
 def push_row(event: Any) -> dict[str, Any]:
@@ -194,19 +230,33 @@ def push_row(event: Any) -> dict[str, Any]:
 def parse_fill(row: Mapping[str, Any]) -> Fill:
     return Fill(
         fill_id=str(row["trade_id"]),
-        order_id=str(row["order_id"]),
-        qty=_number(row["quantity"]),
-        price=_number(row["price"]),
-        time=_moment(row["trade_done_at"]) or datetime.now(UTC),
+        order_id=_order_id(row),
+        qty=_required(row, "quantity"),
+        price=_required(row, "price"),
+        time=_moment(row.get("trade_done_at")) or datetime.now(UTC),
     )
 
 
+def _order_id(row: Mapping[str, Any]) -> str:
+    found = row["order_id"]
+    if isinstance(found, bool) or not isinstance(found, str | int) or not found:
+        raise ValueError("no order id")
+    return str(found)
+
+
 def _number(value: Any) -> Decimal:
-    """A decimal text; LongPort leaves what does not apply empty."""
+    """A decimal text; LongPort leaves prices and executed values that do not apply empty."""
     number = Decimal(str(value)) if value not in (None, "") else Decimal(0)
-    if not number.is_finite():
+    if not number.is_finite() or number.adjusted() > 30:
         raise ValueError("not a number")
     return number
+
+
+def _required(row: Mapping[str, Any], name: str) -> Decimal:
+    """What always applies: nothing is not 0 there."""
+    if row[name] in (None, ""):
+        raise ValueError(f"no {name}")
+    return _number(row[name])
 
 
 def _known(word: Any, kind: type[_Result]) -> _Result | None:
@@ -216,10 +266,22 @@ def _known(word: Any, kind: type[_Result]) -> _Result | None:
 
 def _moment(value: Any) -> datetime | None:
     """Epoch seconds from REST; from the SDK a naive time in this machine's zone
-    (python/src/time.rs)."""
+    (python/src/time.rs). None where there is none, or none that can be read."""
     if isinstance(value, datetime):
         return value.astimezone()
-    return datetime.fromtimestamp(int(value), UTC) if value not in (None, "", "0") else None
+    seconds = epoch_seconds(value)
+    try:
+        return datetime.fromtimestamp(seconds, UTC) if seconds else None
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
+def epoch_seconds(value: Any) -> int | None:
+    """None for what is no number."""
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def name_of(constant: Any) -> str:

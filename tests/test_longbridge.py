@@ -401,6 +401,81 @@ class TestWire:
             yield desk, wire_server.exchange
 
 
+class TestNonsense:
+    """Answers of LongPort that are not as documented."""
+
+    def test_reads_of_another_shape_are_no_answer(
+        self, server: LongPort, desk: Desk, exchange: Exchange
+    ) -> None:
+        trader = desk.served()
+        order_id = trader.placed(ORDER)
+        reads = {
+            "cash": trader.cash,
+            "positions": trader.positions,
+            "order": partial(trader.state, order_id),
+            "orders": trader.orders,
+        }
+        nonsense: list[Any] = [None, [], "no", {"list": [5], "orders": [5], "order_id": []}]
+        for operation, ask in reads.items():
+            for shape in nonsense:
+                server.answers[operation] = lambda _, shape=shape: shape
+                answer = ask()
+                assert (answer.status, answer.code) == (504, "TIMEOUT"), (operation, shape, answer)
+            del server.answers[operation]
+            assert ask().ok
+
+    def test_a_lost_order_is_found_in_a_row_that_cannot_be_read(
+        self, server: LongPort, desk: Desk, exchange: Exchange
+    ) -> None:
+        """The settlement goes on, and the order does not count as not placed."""
+        trader = desk.served()
+
+        def spoilt(data: dict[str, Any]) -> dict[str, Any]:
+            return data | {"orders": [row | {"quantity": "--"} for row in data["orders"]]}
+
+        server.answers["orders"] = spoilt
+        exchange.fault("place", FaultKind.ACCEPT_THEN_CUT)
+        assert trader.place(ORDER, key="lost").code == "OUTCOME_UNKNOWN"
+        wait_for(lambda: trader.place(ORDER, key="lost").replayed, "the order to be found")
+        assert len(exchange.orders) == 1
+        assert trader.order(key="lost")["qty"] == 12
+
+    def test_pushes_come_although_a_row_of_today_cannot_be_read(
+        self, server: LongPort, desk: Desk, exchange: Exchange
+    ) -> None:
+        trader = desk.served()
+        first, second = trader.placed(ORDER), trader.placed(ORDER)
+        pushing = wait_for(lambda: [c for c in server.connected("trade") if c.topics], "the pushes")
+
+        def spoilt(data: dict[str, Any]) -> dict[str, Any]:
+            return {
+                "orders": [row | {"status": 5, "quantity": "-"} for row in data["orders"][:1]]
+                + data["orders"][1:]
+            }
+
+        server.answers["orders"] = spoilt
+        desk.kill("push")
+        wait_for(
+            lambda: [c for c in server.connected("trade") if c.topics and c not in pushing],
+            "the pushes again",
+        )
+        exchange.fault("order", FaultKind.REFUSE, times=100_000)
+        for order_id in (first, second):
+            exchange.fill(order_id, 12, "12.30")
+            wait_for(
+                lambda order_id=order_id: (
+                    (a := trader.state(order_id)).ok and a["order"]["isFilled"]
+                ),
+                "the fill to be pushed",
+            )
+
+    @pytest.fixture
+    def desk(self, server: LongPort, tmp_path: Path) -> Iterator[Desk]:
+        token_file(tmp_path)
+        with Desk(tmp_path / "data", broker(server, tmp_path)) as desk:
+            yield desk
+
+
 class TestLimits:
     """What LongPort allows goes through at once, what it forbids never reaches it."""
 

@@ -22,6 +22,7 @@ from httptrading.brokers.longbridge_hours import (
 )
 from httptrading.brokers.longbridge_renewal import parse_grant
 from httptrading.brokers.longbridge_rest import (
+    UNREADABLE,
     NoAnswer,
     Refused,
     address,
@@ -260,8 +261,41 @@ def test_a_filled_order_and_what_is_left_empty() -> None:
     assert words.parse_order(row("ExpiredStatus", msg="")).order.error_reason == "Expired"
     empty = words.parse_order(row("NewStatus", executed_quantity="", executed_price=None)).order
     assert (empty.filled_qty, empty.avg_price) == (0, 0)
-    with pytest.raises(ValueError):
-        words.parse_order(row("NewStatus", quantity="NaN"))
+    for bad in ({"quantity": "NaN"}, {"quantity": ""}, {"quantity": None}, {"order_id": None}):
+        with pytest.raises(ValueError):
+            words.parse_order(row("NewStatus", **bad))
+
+
+@pytest.mark.parametrize("moment", ["soon", "1e99", "9" * 30, 1e300, [], {}, None, "", "0"])
+def test_a_time_that_cannot_be_read_is_none(moment: object) -> None:
+    assert words.parse_order(row("NewStatus", submitted_at=moment)).time is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"quantity": "--"}, {"status": ...}, {"symbol": ...}, {"price": {}}, {"quantity": "1e999999"}],
+)
+def test_a_listed_order_that_cannot_be_read_keeps_its_id_and_mark(changes: dict[str, Any]) -> None:
+    """One that is missing from a listing counts as not placed."""
+    found = row("NewStatus") | changes
+    bad = {name: value for name, value in found.items() if value is not ...}
+    report = words.parse_listed(bad)
+    assert (report.order.order_id, report.mark) == (bad["order_id"], "mark")
+    assert not report.order.is_completed and report.order.filled_qty == 0
+    assert words.parse_readable([bad, row("NewStatus")]) == [words.parse_order(row("NewStatus"))]
+    for unknown in (None, "", [], 7.5e17, True):
+        with pytest.raises(UNREADABLE):
+            words.parse_listed(bad | {"order_id": unknown})
+    with pytest.raises(UNREADABLE):
+        words.parse_listed(bad | {"remark": 5})
+    with pytest.raises(UNREADABLE):
+        words.parse_listed("a row")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("data", [None, [], {}, {"orders": None}, {"orders": {}}, "orders"])
+def test_a_listing_without_its_list_is_none(data: Any) -> None:
+    with pytest.raises(UNREADABLE):
+        words.rows_of(data, "orders")
 
 
 # --- account ----------------------------------------------------------------------------------
@@ -342,7 +376,11 @@ def test_envelopes() -> None:
     with pytest.raises(Refused) as refused:
         read_envelope(429, b"<html>")
     assert refused.value.status == 429
-    for status, text in ((200, b"<html>"), (502, b"<html>"), (200, b"[]"), (500, b'{"code":0}')):
+    endless = b'{"code":0,"data":' + b"[" * 100_000
+    for status, text in (
+        *((200, b"<html>"), (502, b"<html>"), (200, b"[]"), (500, b'{"code":0}'), (204, b"")),
+        *((200, b'{"code":Infinity}'), (200, b'{"code":NaN}'), (200, endless)),
+    ):
         with pytest.raises(NoAnswer):
             read_envelope(status, text)
 
