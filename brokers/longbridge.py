@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import re
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -103,6 +104,8 @@ CALLS_TO_CONNECT = 5
 days of four markets (rust/src/quote/core.rs)."""
 
 PROBE_SECONDS = 4.0
+UNFAMILIAR_SECONDS = 1.0  # how long LongPort may not know a new order (longbridge/openapi issue #9)
+PLACED_KEPT = 10_000
 WATCH_SECONDS = 0.5
 RENEWAL_LOOK_SECONDS = 5.0
 LISTING_DAYS = timedelta(days=8)  # a gateway that was down over a long weekend finds its orders
@@ -187,6 +190,7 @@ class LongBridge(BaseBroker):
         self._calendars: dict[str, Calendar] = {}
         self._currencies: dict[str, str] = {}
         self._has_market_codes = True
+        self._placed: deque[str] = deque(maxlen=PLACED_KEPT)
 
     def account_key(self) -> str:
         parts = (self._app_key, str(self._file.path.resolve()), self._urls["http_url"])
@@ -201,6 +205,7 @@ class LongBridge(BaseBroker):
         self._file = TokenFile(self._file.path, self._app_key)  # this copy's own view of it
         token = self._usable_token(self._file.read)
         self._tasks, self._calendars, self._currencies = [], {}, {}
+        self._placed = deque(maxlen=PLACED_KEPT)
         self._rest = LongPortRest(
             self._urls["http_url"],
             self._app_key,
@@ -382,6 +387,7 @@ class LongBridge(BaseBroker):
         order_id = data.get("order_id") if isinstance(data, dict) else None
         if not order_id:
             raise OutcomeUnknown("LongBridge took the order but gave no order id")
+        self._placed.append(str(order_id))
         return str(order_id)
 
     async def cancel_order(self, order_id: str) -> None:
@@ -400,13 +406,20 @@ class LongBridge(BaseBroker):
 
     async def _order_after(self, refused: Rejected, order_id: str) -> Order:
         """What the order is whose cancellation was refused; the refusal itself if that can't be
-        learnt."""
+        learnt, also for an order of this connection that LongPort does not know as yet."""
         try:
-            await self._another_slot()
-            return (await self.order(order_id)).order
+            try:
+                await self._another_slot()
+                return (await self.order(order_id)).order
+            except OrderNotFound:
+                await asyncio.sleep(UNFAMILIAR_SECONDS)
+                await self._another_slot()
+                return (await self.order(order_id)).order
         except OrderNotFound:
+            if order_id in self._placed:
+                raise refused from None
             raise
-        except BrokerError:
+        except (BrokerError, asyncio.CancelledError):  # cancelled at the deadline
             raise refused from None
 
     async def order(self, order_id: str) -> OrderReport:
@@ -587,8 +600,9 @@ def _reading() -> Iterator[None]:
 
 
 def _check_order_id(order_id: str) -> None:
-    if not re.fullmatch(r"\d{1,32}", order_id):
-        raise OrderNotFound(f"LongBridge's order ids are digits, unlike {order_id[:40]!r}")
+    """LongPort documents a text; so far all have been 18 digits."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", order_id):
+        raise OrderNotFound(f"LongBridge has no order ids like {order_id[:40]!r}")
 
 
 def _range(begin: datetime, end: datetime) -> dict[str, str | Sequence[str]]:

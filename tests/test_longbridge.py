@@ -1,6 +1,7 @@
 """LongBridge over the wire: the real SDK and our REST against a simulated LongPort."""
 
 import base64
+import itertools
 import json
 import os
 import signal
@@ -439,6 +440,31 @@ class TestNonsense:
         wait_for(lambda: trader.place(ORDER, key="lost").replayed, "the order to be found")
         assert len(exchange.orders) == 1
         assert trader.order(key="lost")["qty"] == 12
+
+    @pytest.mark.parametrize("requests", [2, 3])
+    def test_a_new_order_that_longport_does_not_know_as_yet_is_not_denied(
+        self, server: LongPort, desk: Desk, exchange: Exchange, requests: int
+    ) -> None:
+        """Neither at the second look nor later."""
+        trader = desk.served()
+        order_id = trader.placed(ORDER)
+        server.unfamiliar = requests
+        answer = trader.cancel(order_id)
+        assert (answer.status, answer.code) == (422, "BROKER_REJECTED"), answer
+        assert "602001" in answer["ex"]
+        assert len(exchange.received("order")) == 2 and not server.unfamiliar
+        assert trader.cancel(order_id).ok
+        for unknown in ("1", "no-such-order"):
+            assert trader.cancel(unknown).code == "ORDER_NOT_FOUND"
+
+    def test_order_ids_need_not_be_digits(
+        self, server: LongPort, desk: Desk, exchange: Exchange
+    ) -> None:
+        server._ids = map("LB-{}_x".format, itertools.count())  # type: ignore[assignment]
+        trader = desk.served()
+        order_id = trader.placed(ORDER)
+        assert trader.cancel(order_id).ok
+        assert trader.order(order_id)["isCanceled"]
 
     def test_pushes_come_although_a_row_of_today_cannot_be_read(
         self, server: LongPort, desk: Desk, exchange: Exchange
