@@ -44,6 +44,7 @@ from httptrading.brokers.longbridge_words import (
     OPEN_WORDS,
     UNKNOWN_ORDER_CODE,
     CodedRejection,
+    asked_currency,
     epoch_seconds,
     name_of,
     parse_cash,
@@ -503,7 +504,7 @@ class LongBridge(BaseBroker):
                 await asyncio.sleep(wait)
 
     async def cash(self, currency: str = "USD") -> Cash:
-        data = await self._get("/v1/asset/account", {"currency": currency})
+        data = await self._get("/v1/asset/account", {"currency": asked_currency(currency)})
         with _reading():
             return Cash(currency, parse_cash(data, currency))
 

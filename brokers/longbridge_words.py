@@ -290,28 +290,46 @@ def name_of(constant: Any) -> str:
 
 
 # --- pure: account ----------------------------------------------------------------------------
+RENMINBI = ("CNH", "CNY")
+"""LongPort keeps renminbi as CNH (open.longportapp.com/docs/trade/asset/account); clients say
+either."""
+
+
+def asked_currency(currency: str) -> str:
+    return RENMINBI[0] if currency in RENMINBI else currency
+
+
 def parse_cash(data: Mapping[str, Any], currency: str) -> Decimal:
-    """Available cash in one currency; 0 when there is none of it."""
-    for row in data.get("list") or ():
-        for info in row.get("cash_infos") or ():
-            if info["currency"] == currency:
-                return _number(info["available_cash"])
-    return Decimal(0)
+    """Available cash in one currency; 0 when the account's currencies are told and it is none of
+    them."""
+    accounts = rows_of(data, "list")
+    if not accounts:
+        raise ValueError("no account")
+    told = {
+        str(info["currency"]): info
+        for account in reversed(accounts)  # the first one counts
+        for info in rows_of(account, "cash_infos")
+    }
+    names = RENMINBI if currency in RENMINBI else (currency,)
+    name = next((name for name in names if name in told), None)
+    return Decimal(0) if name is None else _required(told[name], "available_cash")
 
 
 def parse_positions(data: Mapping[str, Any]) -> dict[Contract, tuple[str, Decimal]]:
     """Contract → currency and quantity, over every account channel (paper accounts have their
     own)."""
     held: dict[Contract, tuple[str, Decimal]] = {}
-    for channel in data.get("list") or ():
+    for channel in rows_of(data, "list"):
         for row in channel.get("stock_info") or ():
             contract = to_contract(str(row["symbol"]))
             if contract is None:
                 continue
             # The documentation's sample says HK where it means HKD.
             currency = CURRENCIES.get(row["currency"], row["currency"])
+            if not isinstance(currency, str):
+                raise TypeError("no currency")
             before = held.get(contract, (currency, Decimal(0)))[1]
-            held[contract] = (currency, before + _number(row["quantity"]))
+            held[contract] = (currency, before + _required(row, "quantity"))
     return {contract: value for contract, value in held.items() if value[1]}
 
 

@@ -457,6 +457,20 @@ class TestNonsense:
         for unknown in ("1", "no-such-order"):
             assert trader.cancel(unknown).code == "ORDER_NOT_FOUND"
 
+    def test_renminbi_is_asked_for_as_longport_names_it(
+        self, server: LongPort, desk: Desk, exchange: Exchange
+    ) -> None:
+        exchange.cash["CNH"] = Decimal("500.5")
+        trader = desk.served()
+        for currency in ("CNY", "CNH"):
+            node = trader.cash(currency)["cash"]
+            assert (node["currency"], node["amount"]) == (currency, Decimal("500.5"))
+            assert exchange.received("cash")[-1].fields["currency"] == "CNH"
+        server.answers["cash"] = lambda data: {
+            "list": [row | {"cash_infos": None} for row in data["list"]]
+        }
+        assert trader.cash("CNY").code == "TIMEOUT"
+
     def test_order_ids_need_not_be_digits(
         self, server: LongPort, desk: Desk, exchange: Exchange
     ) -> None:

@@ -307,7 +307,30 @@ def test_cash_is_what_is_available_in_one_currency() -> None:
     data = {"list": [{"currency": "HKD", "total_cash": "99", "cash_infos": infos}]}
     assert words.parse_cash(data, "USD") == Decimal("-30877.499")
     assert words.parse_cash(data, "CNY") == 0
-    assert words.parse_cash({"list": None}, "USD") == 0
+    assert words.parse_cash({"list": [{"cash_infos": []}]}, "USD") == 0
+
+
+@pytest.mark.parametrize("kept", ["CNH", "CNY"])
+def test_renminbi_has_two_names(kept: str) -> None:
+    data = {"list": [{"cash_infos": [{"currency": kept, "available_cash": "500.5"}]}]}
+    for asked in ("CNH", "CNY"):
+        assert words.parse_cash(data, asked) == Decimal("500.5")
+        assert words.asked_currency(asked) == "CNH"
+    assert words.parse_cash(data, "USD") == 0
+    assert words.asked_currency("USD") == "USD"
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        *(None, {}, [], [{}], [{"currency": "USD", "total_cash": "9"}], [{"cash_infos": None}]),
+        *([{"cash_infos": [{"currency": "USD"}]}], [{"cash_infos": ["USD"]}]),
+        *([{"cash_infos": [{"currency": "USD", "available_cash": x}]}] for x in (None, "", "-")),
+    ],
+)
+def test_cash_that_is_not_told_is_not_0(rows: object) -> None:
+    with pytest.raises(UNREADABLE):
+        words.parse_cash({"list": rows}, "USD")
 
 
 def test_positions_over_all_channels() -> None:
@@ -326,6 +349,17 @@ def test_positions_over_all_channels() -> None:
         contract("US", "AAPL"): ("USD", Decimal("3.5")),
         contract("HK", "00005"): ("HKD", Decimal(-100)),
     }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"quantity": ""}, {"quantity": None}, {"quantity": "-"}, {"currency": None}, {"symbol": ...}],
+)
+def test_a_position_that_is_not_told_is_not_left_out(changes: dict[str, Any]) -> None:
+    held = {"symbol": "AAPL.US", "quantity": "5", "currency": "USD"} | changes
+    row = {name: value for name, value in held.items() if value is not ...}
+    with pytest.raises(UNREADABLE):
+        words.parse_positions({"list": [{"stock_info": [row]}]})
 
 
 def jwt(**claims: object) -> str:
