@@ -334,8 +334,28 @@ class LongBridge(BaseBroker):
         query: Query | None = None,
         body: Mapping[str, str] | None = None,
     ) -> Any:
-        assert self._rest is not None
         used = self._usable_token(self._file.current)
+        try:
+            return await self._send(method, path, query, body)
+        except Refused as refused:
+            if refused.status == 401 and (
+                self._holds_the_only_token()
+                or self._usable_token(self._file.current).text != used.text
+            ):  # the old token died while this was under way: the new one is here, or coming
+                raise Busy(
+                    "LongBridge's token is being renewed; nothing was sent", retry_after=1
+                ) from None
+            raise refusal(refused, self._file.path) from None
+
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        query: Query | None = None,
+        body: Mapping[str, str] | None = None,
+    ) -> Any:
+        """The `data` of an answer, or Refused or NoAnswer as they are."""
+        assert self._rest is not None
         try:
             return await self._rest.request(method, path, query, body)
         except TokenFileError as error:
@@ -346,15 +366,6 @@ class LongBridge(BaseBroker):
             if self._holds_the_only_token():
                 raise Busy(f"{text}; nothing was sent", retry_after=1) from None
             raise BrokerUnavailable(text) from None
-        except Refused as refused:
-            if refused.status == 401 and (
-                self._holds_the_only_token()
-                or self._usable_token(self._file.current).text != used.text
-            ):  # the old token died while this was under way: the new one is here, or coming
-                raise Busy(
-                    "LongBridge's token is being renewed; nothing was sent", retry_after=1
-                ) from None
-            raise refusal(refused, self._file.path) from None
 
     # --- the operations: trading --------------------------------------------------------------
     async def ping(self) -> bool:
@@ -432,7 +443,10 @@ class LongBridge(BaseBroker):
                 raise OrderNotFound(f"LongBridge knows no order {order_id}") from None
             raise
         with _reading():
-            return parse_order(data)
+            report = parse_order(data)
+            if report.order.order_id != order_id:
+                raise ValueError("another order")
+        return report
 
     def listed_since(self, now: datetime) -> datetime:
         return now - LISTING_DAYS
@@ -523,9 +537,11 @@ class LongBridge(BaseBroker):
         currency = usual_currency(contract) or await self._currency(symbol)
         with longbridge_sdk.errors("quote", self._file.path):
             rows = self._context.quote([symbol])
-        if not rows:
+        row = next((row for row in rows if row.symbol == symbol), None)
+        if row is None:
             raise Rejected(f"LongBridge has no quote for {symbol}")
-        row = rows[0]
+        if not row.last_done:  # the SDK makes 0 of what it cannot read (rust/src/quote/types.rs)
+            raise Rejected(f"LongBridge has no price for {symbol}")
         return Quote(
             contract=contract,
             currency=currency,
@@ -543,23 +559,34 @@ class LongBridge(BaseBroker):
         if symbol not in self._currencies:
             with longbridge_sdk.errors("quote", self._file.path):
                 rows = self._context.static_info([symbol])
-            if not rows or not rows[0].currency:
+            found = [row.currency for row in rows if row.symbol == symbol and row.currency]
+            if not found:
                 raise Rejected(f"LongBridge knows no security {symbol}")
-            self._currencies[symbol] = str(rows[0].currency)
+            self._currencies[symbol] = str(found[0])
             await self._take("quote", patience=2.0)
         return self._currencies[symbol]
 
     async def market_status(self) -> Mapping[Any, Mapping[str, MarketStatus]]:
-        found: dict[str, MarketStatus] = {}
-        if self._has_market_codes:
-            try:
-                found = parse_market_codes(await self._get("/v1/quote/market-status"))
-            except Rejected:
-                self._has_market_codes = False  # this account has no such request
+        found = await self._states_by_code() if self._has_market_codes else {}
         for region in ZONES:
             if region not in found:
                 found[region] = await self._session_state(region)
         return {TradeType.Securities: {region: found[region] for region in ZONES}}
+
+    async def _states_by_code(self) -> dict[str, MarketStatus]:
+        """Nothing where this account has no such request, or it fails today."""
+        try:
+            async with asyncio.timeout(self.read_seconds):
+                data = await self._send("GET", "/v1/quote/market-status")
+            return parse_market_codes(data)
+        except Refused as refused:
+            said_no = isinstance(refusal(refused, self._file.path), CodedRejection)
+            self._has_market_codes = not (said_no or refused.status == 404)
+        except NoAnswer as error:
+            self._has_market_codes = error.status != 404
+        except (*UNREADABLE, TimeoutError):
+            pass
+        return {}
 
     async def _session_state(self, region: str) -> MarketStatus:
         openapi = longbridge_sdk.load()

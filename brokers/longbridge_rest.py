@@ -35,7 +35,12 @@ class NotSent(Exception):
 
 
 class NoAnswer(Exception):
-    """Sent, or partly sent, and the connection ended, or what came back makes no sense."""
+    """Sent, or partly sent, and the connection ended, or what came back makes no sense; then
+    `status` is its HTTP status."""
+
+    def __init__(self, what: str, status: int = 0) -> None:
+        super().__init__(what)
+        self.status = status
 
 
 class Refused(Exception):
@@ -232,9 +237,9 @@ def read_envelope(status: int, text: bytes) -> Any:
     except UNREADABLE:
         if status == 429:
             raise Refused(429, 429000, "too many requests") from None
-        raise NoAnswer(f"HTTP {status}") from None
+        raise NoAnswer(f"HTTP {status}", status) from None
     if code != 0:
         raise Refused(status, code, message)
     if status >= 300:
-        raise NoAnswer(f"HTTP {status}")
+        raise NoAnswer(f"HTTP {status}", status)
     return envelope.get("data")

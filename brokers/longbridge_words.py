@@ -342,7 +342,8 @@ ACCESS_CODES = {
 }
 DUPLICATE_CODE = 403202
 UNKNOWN_ORDER_CODE = 602001  # "param check failed"; for an order id: not (yet) known
-UNKNOWN_QUOTE_RATE_CODE = 301606
+QUOTE_RATE_CODE = 301606
+QUOTE_SERVER_CODE = 301602  # "server error, try again" (open.longportapp.com/docs/error-codes)
 
 
 class CodedRejection(Rejected):
@@ -359,7 +360,7 @@ class CodedRejection(Rejected):
 def refusal(refused: Refused, token_file: Path) -> Exception:
     """LongPort's refusal as an error of the tree, or NoAnswer where it proves nothing."""
     code = refused.code
-    if refused.status == 429 or 429000 <= code < 430000 or code == UNKNOWN_QUOTE_RATE_CODE:
+    if refused.status == 429 or 429000 <= code < 430000 or code == QUOTE_RATE_CODE:
         return RateLimited("LongBridge's rate limit refused it; nothing was done", retry_after=3)
     if refused.status == 401 or code in TOKEN_CODES:
         return BrokerUnavailable(
@@ -368,6 +369,10 @@ def refusal(refused: Refused, token_file: Path) -> Exception:
         )
     if code in ACCESS_CODES:
         return BrokerUnavailable(f"LongBridge refuses access: {ACCESS_CODES[code]}")
-    if code == DUPLICATE_CODE or refused.status >= 500 or 500000 <= code < 501000:
+    if (
+        code in (DUPLICATE_CODE, QUOTE_SERVER_CODE)
+        or refused.status >= 500
+        or 500000 <= code < 501000
+    ):
         return NoAnswer(str(code))
     return CodedRejection(refused.message or "LongBridge refused it", code)

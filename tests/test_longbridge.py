@@ -31,7 +31,8 @@ from httptrading.brokers.paper import Paper
 from httptrading.brokers.settings import InstanceSettings
 from httptrading.model import OrderType
 from simulators.exchange import Exchange, FaultKind
-from simulators.longport import LongPort
+from simulators.longport import LongPort, Refusal, http_answer
+from simulators.longport_wire import message as wire_message
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -470,6 +471,90 @@ class TestNonsense:
             "list": [row | {"cash_infos": None} for row in data["list"]]
         }
         assert trader.cash("CNY").code == "TIMEOUT"
+
+    def test_the_order_that_was_asked_for(
+        self, server: LongPort, desk: Desk, exchange: Exchange
+    ) -> None:
+        trader = desk.served()
+        first, second = trader.placed(ORDER), trader.placed(ORDER)
+        other = server._order(exchange.orders[second])
+        server.answers["order"] = lambda _: other
+        assert trader.state(first).code == "TIMEOUT"
+        assert trader.order(second)["orderId"] == second
+
+    def test_the_quote_that_was_asked_for(
+        self, server: LongPort, desk: Desk, exchange: Exchange
+    ) -> None:
+        trader = desk.served(quotes=True)
+        exchange.quote("US", "MSFT", latest=Decimal("7.5"))
+
+        def of(*symbols: str) -> bytes:
+            return server._quotes(wire_message([(1, symbol) for symbol in symbols]))
+
+        both = of("MSFT.US", "AAPL.US")
+        latest = trader.quote("US", "AAPL")["quote"]["latest"]
+        server.answers["quote"] = lambda _: both
+        assert trader.quote("US", "AAPL")["quote"]["latest"] == latest
+        for answer in (of("MSFT.US"), b""):
+            server.answers["quote"] = lambda _, answer=answer: answer
+            found = trader.quote("US", "AAPL")
+            assert (found.status, found.code) == (422, "BROKER_REJECTED")
+        for price in ("", "-", "0"):  # the SDK makes 0 of all of them
+            row = wire_message([(1, "AAPL.US"), (2, price), (7, 1748409918)])
+            server.answers["quote"] = lambda _, row=row: wire_message([(1, row)])
+            found = trader.quote("US", "AAPL")
+            assert (found.status, found.code) == (422, "BROKER_REJECTED")
+            assert "no price" in found["ex"]
+
+    def test_a_server_error_of_the_quotes_is_no_refusal(self, server: LongPort, desk: Desk) -> None:
+        trader = desk.served(quotes=True)
+
+        def fails(_: bytes) -> bytes:
+            raise Refusal(301602, "server error")
+
+        server.answers["quote"] = fails
+        found = trader.quote("US", "AAPL")
+        assert (found.status, found.code) == (504, "TIMEOUT")
+        del server.answers["quote"]
+        assert trader.quote("US", "AAPL").ok
+
+    @pytest.mark.parametrize(
+        ("status", "text", "remembered"),
+        [
+            (404, "404 page not found", True),
+            (404, '{"message":"no Route matched with those values"}', True),
+            (404, '{"code":404001,"message":"no such api"}', True),
+            (400, '{"code":602001,"message":"param check failed"}', True),
+            (403, "<html>", False),
+            (500, '{"code":500000,"message":"internal"}', False),
+            (200, '{"code":0,"data":null}', False),
+            (200, '{"code":0,"data":{"market_time":[{}]}}', False),
+            (401, '{"code":401003,"message":"token expired"}', False),
+            (429, '{"code":429002,"message":"limited"}', False),
+        ],
+    )
+    def test_market_state_without_the_request_for_it(
+        self,
+        server: LongPort,
+        desk: Desk,
+        exchange: Exchange,
+        status: int,
+        text: str,
+        remembered: bool,
+    ) -> None:
+        """The sessions tell, the connection stays, and what may be there later is asked again."""
+        server.market_codes = {"US": 207, "HK": 106, "CN": 105}
+        server.answers["status"] = lambda _: http_answer(status, text)
+        trader = desk.served(quotes=True)
+        child = desk.child("quote")
+        for _ in range(2):
+            answer = trader.market()
+            assert answer.ok, answer
+        assert len(exchange.received("status")) == (1 if remembered else 2)
+        assert desk.child("quote") == child
+        del server.answers["status"]
+        node = trader.market()["marketStatus"]["securities"]["US"]
+        assert (node["originStatus"] == "US_NIGHT") is not remembered
 
     def test_order_ids_need_not_be_digits(
         self, server: LongPort, desk: Desk, exchange: Exchange
