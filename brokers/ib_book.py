@@ -240,6 +240,7 @@ class OrderBook:
         self._by_perm: dict[int, BookedOrder] = {}
         self._by_api: dict[tuple[int, int], BookedOrder] = {}
         self._early: dict[int, Executions] = {}  # executions before their order
+        self._errors: dict[int, list[tuple[int, str]]] = {}  # errors before their order
 
     def get(self, perm_id: int) -> BookedOrder | None:
         return self._by_perm.get(perm_id)
@@ -267,6 +268,9 @@ class OrderBook:
         if api_id > 0:
             booked.client_id, booked.api_id = client_id, api_id
             self._by_api[client_id, api_id] = booked
+        if client_id == self._client_id:
+            for code, text in self._errors.pop(api_id, ()):
+                self._blame(booked, code, text)
         return booked
 
     # --- what TWS says ------------------------------------------------------------------------
@@ -321,15 +325,21 @@ class OrderBook:
         return booked, fill
 
     def error(self, api_id: int, code: int, text: str) -> BookedOrder | None:
-        """Keeps the words; None when the error is not about an order of ours."""
+        """Keeps the words; None when no order with this id of ours is known, or not yet: a
+        rejection may come before the first openOrder (erdewit/ib_insync#554)."""
         booked = self._by_api.get((self._client_id, api_id))
         if booked is None:
-            return None
+            self._errors.setdefault(api_id, []).append((code, text))
+        else:
+            self._blame(booked, code, text)
+        return booked
+
+    @staticmethod
+    def _blame(booked: BookedOrder, code: int, text: str) -> None:
         if code == REJECTED or is_refusal(code) and not booked.has_worked:
             booked.refusal, booked.is_rejected = text, code == REJECTED
         elif code != CANCEL_CONFIRMED:
             booked.note = text
-        return booked
 
     @staticmethod
     def _describe(booked: BookedOrder, contract: Any, order: Any) -> None:

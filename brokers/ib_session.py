@@ -390,16 +390,20 @@ class TwsSession:
         elif request_id in self._quotes:
             if is_refusal(code):
                 self._quotes[request_id].error = (code, text)
-        elif request_id > 0:
+        elif request_id > 0 and not self._is_request(request_id):
             if request_id in self._heard:
                 self._heard[request_id].append((code, text))
             booked = self.book.error(request_id, code, text)
             if booked is not None:
                 self._tell(booked)
-        elif is_refusal(code):
+        elif request_id <= 0 and is_refusal(code):
             # Without a request id it can only be about a request that has none.
             self._fail_named(refusal(code, text))
         self._changed.set()
+
+    def _is_request(self, number: int) -> bool:
+        """Orders and the SDK's own requests are numbered together."""
+        return self.ib is not None and number in self.ib.wrapper._futures
 
     def _fail_named(self, error: HttpTradingError) -> None:
         for future in self._named.values():

@@ -126,6 +126,17 @@ def test_201_is_the_end_whatever_the_status_says() -> None:
         assert not booked.is_refused  # something came of it
 
 
+@pytest.mark.parametrize("status", ["Inactive", "Cancelled"])
+@pytest.mark.parametrize("code", [201, 110])
+def test_an_error_may_come_before_its_order(code: int, status: str) -> None:
+    book = OrderBook(7)
+    assert book.error(3, code, "no margin") is None
+    others = book.open_order(wire_contract(), wire_order(clientId=8, permId=1), state(status))
+    assert others.error_reason == ""
+    booked = book.open_order(wire_contract(), wire_order(), state(status))
+    assert booked.error_reason == "no margin" and booked.is_refused
+
+
 def test_an_unknown_error_counts_only_with_a_dead_status() -> None:
     book = OrderBook(7)
     booked = book.open_order(wire_contract(), wire_order(), state("PendingSubmit"))

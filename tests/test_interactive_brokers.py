@@ -21,7 +21,7 @@ from httptrading.brokers import ib_session, interactive_brokers
 from httptrading.brokers.interactive_brokers import InteractiveBrokers
 from httptrading.errors import BrokerUnavailable
 from httptrading.model import Contract, Lifecycle, OrderType, TimeInForce, TradeType
-from simulators.exchange import Exchange, ExchangePosition, FaultKind
+from simulators.exchange import Exchange, ExchangeOrder, ExchangePosition, FaultKind
 from simulators.tws import Tws
 
 ACCOUNT = "DU1234567"
@@ -245,6 +245,39 @@ def test_refusals_keep_the_words(trader: Trader, exchange: Exchange, text: str) 
     exchange.fault("place", FaultKind.REFUSE, text=text)
     answer = trader.place(limit())
     assert answer.code == "BROKER_REJECTED" and text[4:] in answer["ex"]
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.2], ids=["one packet", "apart"])
+@pytest.mark.parametrize("status", ["Inactive", "Cancelled"])
+@pytest.mark.parametrize("code", [201, 110])
+def test_a_refusal_that_comes_before_the_order(
+    trader: Trader, tws: Tws, code: int, status: str, apart: float
+) -> None:
+    """The wire log in erdewit/ib_insync#554: the error, and then openOrder says Inactive."""
+    all_told = threading.Event()
+
+    def refuse(client: Any, order: ExchangeOrder) -> None:
+        def tell() -> None:
+            client.say(order, status)
+            all_told.set()
+
+        tws.exchange.forget(order.order_id)  # it is in no list
+        with client.as_one():
+            client.error(order.wire["orderId"], code, "Order rejected - reason:NO MARGIN")
+            if not apart:
+                tell()
+        if apart:
+            asyncio.get_running_loop().call_later(apart, tell)
+
+    tws.on_place = refuse
+    answer = trader.place(limit(), key="early")
+    assert (answer.status, answer.code) == (422, "BROKER_REJECTED")
+    assert "NO MARGIN" in answer["ex"]
+    assert all_told.wait(60) and trader.ping()["pong"]  # the pong came after those words
+    node = trader.order(key="early")
+    assert "NO MARGIN" in node["errorReason"]
+    assert (node["isCompleted"], node["isCanceled"]) == (True, False)
+    assert trader.orders(open="true")["orders"] == []
 
 
 def test_an_unknown_error_is_settled_by_asking(trader: Trader, exchange: Exchange) -> None:

@@ -131,6 +131,8 @@ class Tws:
         self.ledger_prefix = ""  # "$LEDGER-" in newer TWS
         self.garbled = False  # openOrder comes without its last field
         self.order_messages: list[tuple[int, str]] = []  # sent with every accepted order
+        # Says what becomes of an order that was taken in, instead of what usually does.
+        self.on_place: Callable[[_Connection, ExchangeOrder], None] | None = None
         self.held_client_ids: set[int] = set()  # in use by somebody else
         self.messages_per_second = 50
         self.now: Callable[[], float] = time.time
@@ -220,12 +222,12 @@ class Tws:
 
     def cut(self) -> None:
         """Every connection breaks at once; the port stays open."""
-        self._in_loop(lambda: [client.abort() for client in list(self._clients)])
+        self.do(lambda: [client.abort() for client in list(self._clients)])
 
     # --- what a test makes it say and do --------------------------------------------------
     def say(self, code: int, text: str, request_id: int = -1) -> None:
         """Sends an error message to every client."""
-        self._in_loop(
+        self.do(
             lambda: [client.error(request_id, code, text) for client in list(self._clients)]
         )
 
@@ -297,8 +299,8 @@ class Tws:
         return {client.client_id for client in set(self._clients) if client.started}
 
     # --- pushes ---------------------------------------------------------------------------
-    def _in_loop(self, action: Callable[[], object]) -> None:
-        """Runs the action in the simulator's thread and waits for it."""
+    def do(self, action: Callable[[], object]) -> None:
+        """Runs an action, of a client, say, in the simulator's thread and waits for it."""
         loop = self._loop
         if loop is None:
             return
@@ -473,7 +475,7 @@ class _Connection(asyncio.Protocol):
             self.transport.write(message)
 
     @contextmanager
-    def _as_one(self) -> Iterator[None]:
+    def as_one(self) -> Iterator[None]:
         """What is sent inside arrives together, however slowly this thread runs."""
         self._gathered = gathered = []
         try:
@@ -668,6 +670,11 @@ class _Connection(asyncio.Protocol):
             account=wire["account"] or self.tws.accounts[0],
             wire={**wire, "orderId": order_id, "clientId": self.client_id},
         )
+        if self.tws.on_place is not None:
+            with self.exchange.lock:
+                self.exchange.orders[order.order_id] = order
+            self.tws.on_place(self, order)
+            return
         self.tws._collected = changes = []
         try:
             self.exchange.place(order)
@@ -748,16 +755,23 @@ class _Connection(asyncio.Protocol):
         elif order.status in (OrderStatus.CANCELED, OrderStatus.EXPIRED):
             self.error(order_id, 202, f"Order Canceled - reason:{order.reason}")
 
-    def _order_status(self, order: ExchangeOrder) -> None:
+    def say(self, order: ExchangeOrder, status: str) -> None:
+        """openOrder and orderStatus with any status word."""
+        self.open_order(order, status)
+        self._order_status(order, status)
+
+    def _order_status(self, order: ExchangeOrder, status: str = "") -> None:
         last = order.fills[-1].price if order.fills else 0
         self.send(
-            *(3, order.wire["orderId"], WIRE_STATUS[order.status], order.filled),
+            *(3, order.wire["orderId"], status or WIRE_STATUS[order.status], order.filled),
             *(order.qty - order.filled, order.avg_price, order.order_id, 0, last),
             *(order.wire["clientId"], "", 0),
         )
 
-    def open_order(self, order: ExchangeOrder) -> None:
+    def open_order(self, order: ExchangeOrder, status: str = "") -> None:
         values = {**self._order_values(order), "orderId": order.wire["orderId"]}
+        if status:
+            values["status"] = status
         self._send_named(5, OPEN_ORDER, values)
 
     def _order_values(self, order: ExchangeOrder) -> dict[str, object]:
@@ -974,7 +988,7 @@ class _Connection(asyncio.Protocol):
         quote = self.exchange.quote(listing.region, listing.ticker)
         halted = (listing.region, listing.ticker) in self.tws.halted or not quote.is_tradable
         last, high, low, close, open_ = (68, 72, 73, 75, 76) if delayed else (4, 6, 7, 9, 14)
-        with self._as_one():
+        with self.as_one():
             self.send(58, 1, request_id, 3 if delayed else 1)
             # Bid and ask without a price: -1 means "none".
             self.send(1, 6, request_id, 66 if delayed else 1, -1, 0, 0)
