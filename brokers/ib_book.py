@@ -58,6 +58,7 @@ CURRENCY_REGIONS = {"USD": "US", "HKD": "HK", "CNH": "CN", "CNY": "CN"}
 ORDER_TYPES = {"LMT": OrderType.Limit, "MKT": OrderType.Market}
 TIMES_IN_FORCE = {"DAY": TimeInForce.DAY, "GTC": TimeInForce.GTC}
 DIRECTIONS = {"BUY": "BUY", "SELL": "SELL", "SSHORT": "SELL"}
+SIDES = {"BOT": "BUY", "SLD": "SELL"}  # of executions
 OVERNIGHT_VENUE = "OVERNIGHT"
 
 
@@ -128,7 +129,7 @@ class Executions:
         return sorted(self._fills.values(), key=lambda fill: fill.time)
 
 
-@dataclass
+@dataclass(eq=False)
 class BookedOrder:
     """One order as TWS tells it. `api_id` and `client_id` are 0 where TWS does not say them."""
 
@@ -138,7 +139,8 @@ class BookedOrder:
     account: str = ""
     mark: str = ""
     contract: Any = None
-    wire: Any = None  # the SDK's Order
+    direction: str | None = None
+    wire: Any = None  # the SDK's Order; None while only executions have told of it
     status: str = "PendingSubmit"
     total: Decimal = Decimal(0)
     filled: Decimal = Decimal(0)
@@ -152,8 +154,9 @@ class BookedOrder:
 
     @property
     def is_described(self) -> bool:
-        """Whether TWS has said what the order is, beside its status."""
-        return bool(self.perm_id) and self.wire is not None
+        """Whether TWS has said what the order is, or at least whose: an execution carries the
+        mark."""
+        return bool(self.perm_id) and (self.wire is not None or bool(self.mark))
 
     @property
     def filled_qty(self) -> Decimal:
@@ -175,6 +178,9 @@ class BookedOrder:
 
     @property
     def qty(self) -> Decimal:
+        """0 while it is not known: executions may be of a part, and the order is not completed."""
+        if self.wire is None and self.status != "Filled":
+            return Decimal(0)
         # A filled order in the completed list has a total of 0 and a filledQuantity.
         return max(self.total, self.filled_qty)
 
@@ -215,6 +221,8 @@ class BookedOrder:
 
     def report(self) -> OrderReport:
         wire, contract = self.wire, self.contract
+        if wire is None:
+            return OrderReport(self.order(), self.mark, to_contract(contract), self.direction)
         order_type = ORDER_TYPES.get(wire.orderType)
         lifecycle = Lifecycle.ETH if wire.outsideRth else Lifecycle.RTH
         if contract.exchange == OVERNIGHT_VENUE:
@@ -223,7 +231,7 @@ class BookedOrder:
             order=self.order(),
             mark=self.mark,
             contract=to_contract(contract),
-            direction=DIRECTIONS.get(wire.action),
+            direction=self.direction,
             order_type=order_type,
             price=exact(wire.lmtPrice) if order_type is OrderType.Limit else None,
             time_in_force=TIMES_IN_FORCE.get(wire.tif),
@@ -239,7 +247,7 @@ class OrderBook:
         self._client_id = client_id
         self._by_perm: dict[int, BookedOrder] = {}
         self._by_api: dict[tuple[int, int], BookedOrder] = {}
-        self._early: dict[int, Executions] = {}  # executions before their order
+        self._sent: dict[int, str] = {}  # API id → mark, of this connection's orders
         self._errors: dict[int, list[tuple[int, str]]] = {}  # errors before their order
 
     def get(self, perm_id: int) -> BookedOrder | None:
@@ -252,19 +260,24 @@ class OrderBook:
 
     def fills(self, perm_id: int) -> list[Fill]:
         booked = self._by_perm.get(perm_id)
-        known = booked.executions if booked is not None else self._early.get(perm_id)
-        return [] if known is None else known.in_order()
+        return [] if booked is None else booked.executions.in_order()
+
+    def sending(self, api_id: int, mark: str) -> None:
+        """What was said under this id so far was about another order: TWS numbers anew after
+        "Reset API order ID sequence", and where its settings are gone."""
+        self._sent[api_id] = mark
+        self._by_api.pop((self._client_id, api_id), None)
+        self._errors.pop(api_id, None)
 
     def _booked(self, client_id: int, api_id: int, perm_id: int) -> BookedOrder:
         booked = self._by_perm.get(perm_id) if perm_id else None
         if booked is None and api_id > 0:
             booked = self._by_api.get((client_id, api_id))
-        if booked is None:
+        if booked is None or perm_id and booked.perm_id not in (0, perm_id):
             booked = BookedOrder()
         if perm_id:
             booked.perm_id = perm_id
             self._by_perm[perm_id] = booked
-            booked.executions = self._early.pop(perm_id, booked.executions)
         if api_id > 0:
             booked.client_id, booked.api_id = client_id, api_id
             self._by_api[client_id, api_id] = booked
@@ -309,19 +322,30 @@ class OrderBook:
         booked.note = state.completedStatus or booked.note
         return booked
 
-    def execution(self, execution: Any) -> tuple[BookedOrder | None, Fill]:
+    def execution(self, contract: Any, execution: Any) -> tuple[BookedOrder, Fill]:
+        """It may be all that TWS says of an order: one that fills at once commonly has no
+        orderStatus (interactivebrokers.github.io/tws-api/order_submission.html), and after a
+        reconnect a filled one may be in no other list (erdewit/ib_insync#130, #365).
+
+        Its API id counts only beside the mark sent with that id: executions of a whole day are
+        listed, and the numbers may have begun anew since.
+        """
+        is_sent = bool(execution.orderRef) and (
+            self._sent.get(execution.orderId) == execution.orderRef
+        )
+        api_id = execution.orderId if is_sent and execution.clientId == self._client_id else 0
+        booked = self._booked(execution.clientId, api_id, execution.permId)
+        if booked.wire is None:
+            booked.contract, booked.direction = contract, SIDES.get(execution.side)
+            booked.account, booked.mark = execution.acctNumber, execution.orderRef
         fill = Fill(
             fill_id=execution.execId,
-            order_id=str(execution.permId),
+            order_id=str(booked.perm_id),
             qty=exact(execution.shares),
             price=exact(execution.price),
             time=_aware(execution.time),
         )
-        booked = self._by_perm.get(execution.permId)
-        if booked is not None:
-            booked.executions.add(fill)
-        else:
-            self._early.setdefault(execution.permId, Executions()).add(fill)
+        booked.executions.add(fill)
         return booked, fill
 
     def error(self, api_id: int, code: int, text: str) -> BookedOrder | None:
@@ -344,6 +368,7 @@ class OrderBook:
     @staticmethod
     def _describe(booked: BookedOrder, contract: Any, order: Any) -> None:
         booked.contract, booked.wire = contract, order
+        booked.direction = DIRECTIONS.get(order.action)
         booked.account, booked.mark = order.account, order.orderRef
 
     @staticmethod

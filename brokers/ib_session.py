@@ -90,6 +90,7 @@ class TwsSession:
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._named: dict[str, asyncio.Future[Any]] = {}
         self._told: dict[str, Order] = {}
+        self._lists: list[dict[BookedOrder, None]] = []  # being made, in TWS's order
         self._unread = 0  # messages about orders that could not be read
         self._quotes: dict[int, Ticks] = {}
         self._heard: dict[int, list[tuple[int, str]]] = {}  # errors about orders being watched
@@ -324,25 +325,39 @@ class TwsSession:
         if self._is_live:
             self._start(self.check_alive(ALIVE_LIMIT / 2))
 
-    async def list_orders(self) -> set[int]:
+    async def list_orders(self) -> list[BookedOrder]:
         """Refreshes the book with every open and completed order and today's executions; the
-        permIds of the orders TWS listed. TimedOut when one of them could not be read: the list is
-        not complete then, and an order must not count as missing."""
+        orders TWS told of. TimedOut when one of them could not be read: the list is not complete
+        then, and an order must not count as missing."""
         ib = self.ib
         unread = self._unread
-        opened = await self.ask_named("openOrders", ib.reqAllOpenOrdersAsync)
-        completed = await self.ask_named(
-            "completedOrders", lambda: ib.reqCompletedOrdersAsync(False)
-        )
-        await self.ask(ib.reqExecutionsAsync)
+        with self._listing() as listed:
+            await self.ask_named("openOrders", ib.reqAllOpenOrdersAsync)
+            await self.ask_named("completedOrders", lambda: ib.reqCompletedOrdersAsync(False))
+            await self.ask(ib.reqExecutionsAsync)
         if self._unread != unread and self._is_live:
             raise TimedOut("TWS listed an order that could not be read; the log has more")
-        return {trade.order.permId for trade in [*opened, *completed]}
+        return list(listed)
+
+    @contextmanager
+    def _listing(self) -> Iterator[dict[BookedOrder, None]]:
+        """Collects the orders that TWS tells of."""
+        listed: dict[BookedOrder, None] = {}
+        self._lists.append(listed)
+        try:
+            yield listed
+        finally:
+            self._lists = [each for each in self._lists if each is not listed]
+
+    def _list(self, booked: BookedOrder) -> BookedOrder:
+        for listed in self._lists:
+            listed[booked] = None
+        return booked
 
     # --- what TWS says ------------------------------------------------------------------------
     def _on_open_order(self, _api_id: int, contract: Any, order: Any, state: Any) -> None:
         if not order.whatIf:
-            self._tell(self.book.open_order(contract, order, state))
+            self._tell(self._list(self.book.open_order(contract, order, state)))
 
     def _on_order_status(
         self,
@@ -360,15 +375,16 @@ class TwsSession:
         self._tell(self.book.order_status(api_id, status, filled, average, perm_id, client_id))
 
     def _on_completed_order(self, contract: Any, order: Any, state: Any) -> None:
-        self.book.completed_order(contract, order, state)
+        self._list(self.book.completed_order(contract, order, state))
 
-    def _on_execution(self, request_id: int, _contract: Any, execution: Any) -> None:
-        booked, fill = self.book.execution(execution)
+    def _on_execution(self, request_id: int, contract: Any, execution: Any) -> None:
+        booked, fill = self.book.execution(contract, execution)
+        self._list(booked)
         is_push = request_id < 0
         if is_push and self._is_live and execution.acctNumber == self.account:
-            self._ears.on_fill(fill)
-            if booked is not None:
-                self._tell(booked)
+            if booked.perm_id:
+                self._ears.on_fill(fill)
+            self._tell(booked)
 
     def _on_error(self, request_id: int, code: int, text: str, *_: Any) -> None:
         if code == CLIENT_ID_IN_USE:
@@ -431,13 +447,16 @@ class TwsSession:
         """Wakes who waits for an order, and reports what is new: TWS repeats itself a lot."""
         self._changed.set()
         order = booked.order()
-        if booked.is_described and self.is_ours(booked) and self._told.get(order.order_id) != order:
+        if self.shows(booked) and self._told.get(order.order_id) != order:
             self._told[order.order_id] = order
             if self._is_live:
                 self._ears.on_order(booked)
 
     def is_ours(self, booked: BookedOrder) -> bool:
         return booked.account == self.account
+
+    def shows(self, booked: BookedOrder) -> bool:
+        return booked.is_described and self.is_ours(booked)
 
     def _first(self, ear: Callable[..., None], then: Callable[..., Any]) -> Callable[..., Any]:
         """Calls ours, then the SDK's own handler of a message."""

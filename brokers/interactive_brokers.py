@@ -229,6 +229,7 @@ class InteractiveBrokers(BaseBroker):
             order.lmtPrice = format(Decimal(repr(price)), "f")
         overnight = lifecycle is Lifecycle.OVERNIGHT
         exchange = OVERNIGHT_VENUE if overnight else found.exchange
+        tws.book.sending(order.orderId, mark)
         with tws.hearing(order.orderId) as heard:
             try:
                 tws.ib.placeOrder(self._routed(found, exchange), order)
@@ -271,6 +272,8 @@ class InteractiveBrokers(BaseBroker):
         tws = self._open()
         if booked.is_final:
             raise Rejected(f"Order {order_id} is finished: {_end(booked)}")
+        if booked.wire is None and not booked.api_id:
+            raise Rejected(f"TWS lists only executions of order {order_id}: it cannot be cancelled")
         if not booked.api_id or booked.client_id != tws.client_id:
             owner = f"API client {booked.client_id}" if booked.api_id else "somebody in TWS itself"
             raise Rejected(
@@ -308,12 +311,12 @@ class InteractiveBrokers(BaseBroker):
         tws = self._open()
         perm_id = int(order_id) if order_id.isascii() and order_id.isdigit() else 0
         booked = tws.book.get(perm_id)
-        if booked is not None and booked.is_described and tws.is_ours(booked):
+        if booked is not None and booked.wire is not None and tws.is_ours(booked):
             if booked.is_final or (booked.api_id and booked.client_id == tws.client_id):
                 return booked
         listed = await tws.list_orders()
         booked = tws.book.get(perm_id)
-        if perm_id not in listed or booked is None or not tws.is_ours(booked):
+        if booked is None or booked not in listed or not tws.shows(booked):
             raise OrderNotFound(f"TWS does not know an order {order_id} of this account")
         return booked
 
@@ -325,10 +328,9 @@ class InteractiveBrokers(BaseBroker):
     async def recent_orders(self) -> list[OrderReport]:
         tws = self._open()
         listed = await tws.list_orders()
-        if 0 in listed:
+        if not all(booked.perm_id for booked in listed):
             raise TimedOut("TWS has not given every order its permanent id yet")
-        orders = [booked for perm_id in listed if (booked := tws.book.get(perm_id))]
-        return [booked.report() for booked in orders if booked.is_described and tws.is_ours(booked)]
+        return [booked.report() for booked in listed if tws.shows(booked)]
 
     async def fills(self, order_id: str) -> list[Fill]:
         booked = await self._known(order_id)

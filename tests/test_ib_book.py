@@ -65,7 +65,12 @@ def state(status: str, completed: str = "") -> Any:
 def execution(number: int, shares: float, price: float, revision: str = "01") -> Any:
     return SimpleNamespace(
         execId=f"0000e0d5.{number:08d}.01.{revision}",
+        clientId=7,
+        orderId=3,
         permId=PERM_ID,
+        acctNumber="U1",
+        orderRef="mark",
+        side="BOT",
         shares=shares,
         price=price,
         time=datetime(2026, 11, 22, 15, number % 60, tzinfo=UTC),
@@ -122,7 +127,7 @@ def test_201_is_the_end_whatever_the_status_says() -> None:
         assert order.error_reason == "Order rejected - reason: no margin"
         assert (order.is_canceled, order.is_completed) == (False, True)
         assert booked.is_refused
-        book.execution(execution(1, 4, 12.3))
+        book.execution(wire_contract(), execution(1, 4, 12.3))
         assert not booked.is_refused  # something came of it
 
 
@@ -162,21 +167,52 @@ def test_a_filled_order_of_the_completed_list() -> None:
     told = wire_order(totalQuantity=0.0, filledQuantity=10.0, clientId=0, orderId=0)
     booked = book.completed_order(wire_contract(), told, state("Filled", "Filled Size: 10"))
     assert (booked.order().qty, booked.order().is_filled, booked.order().avg_price) == (10, True, 0)
-    book.execution(execution(1, 6, 12.3))
-    book.execution(execution(2, 4, 12.25))
+    book.execution(wire_contract(), execution(1, 6, 12.3))
+    book.execution(wire_contract(), execution(2, 4, 12.25))
     assert booked.order().avg_price == Decimal("12.28")
 
 
 def test_executions_may_come_before_their_order_and_be_corrected() -> None:
     book = OrderBook(7)
-    assert book.execution(execution(1, 6, 12.3))[0] is None
+    early, _ = book.execution(wire_contract(), execution(1, 6, 12.3))
     booked = book.open_order(wire_contract(), wire_order(), state("Submitted"))
-    book.execution(execution(1, 6, 12.2, revision="02"))
-    book.execution(execution(1, 6, 12.3))  # the superseded one again
+    book.execution(wire_contract(), execution(1, 6, 12.2, revision="02"))
+    book.execution(wire_contract(), execution(1, 6, 12.3))  # the superseded one again
     order = booked.order()
-    assert (order.filled_qty, order.avg_price) == (6, Decimal("12.2"))
+    assert early is booked
+    assert (order.qty, order.filled_qty, order.avg_price) == (10, 6, Decimal("12.2"))
     [fill] = book.fills(PERM_ID)
     assert (fill.qty, fill.price, fill.order_id) == (6, Decimal("12.2"), str(PERM_ID))
+
+
+def test_an_order_known_by_its_executions_only() -> None:
+    """How much was asked for is not known, so it is not completed; the journal knows."""
+    book = OrderBook(7)
+    booked, fill = book.execution(wire_contract(), execution(1, 6, 12.3))
+    report = booked.report()
+    assert (report.mark, report.direction, report.order.order_id) == ("mark", "BUY", str(PERM_ID))
+    assert report.contract == Contract(TradeType.Securities, "BRK.B", "US")
+    assert (report.order.qty, report.order.filled_qty, report.order.is_completed) == (0, 6, False)
+    assert (booked.is_described, fill.order_id, booked.account) == (True, str(PERM_ID), "U1")
+    assert book.order_status(3, "Filled", 6, 12.3, PERM_ID, 7).order().is_filled
+
+
+def test_an_execution_of_an_order_with_the_same_api_id() -> None:
+    """TWS may number anew: what was filled today under a number is not the order just sent."""
+    book = OrderBook(7)
+    earlier, _ = book.execution(wire_contract(), execution(1, 6, 12.3))
+    book.sending(3, "another mark")
+    book.execution(wire_contract(), execution(2, 4, 12.3))
+    assert book.own(3) is None and earlier.filled_qty == 10
+    booked = book.open_order(
+        wire_contract(), wire_order(permId=5, orderRef="another mark"), state("Submitted")
+    )
+    assert book.own(3) is booked is not earlier
+    book.sending(4, "mark")
+    told = execution(3, 10, 12.3)
+    told.orderId, told.permId = 4, 6
+    quick, _ = book.execution(wire_contract(), told)
+    assert book.own(4) is quick and quick.perm_id == 6
 
 
 def test_partly_filled_and_cancelled() -> None:

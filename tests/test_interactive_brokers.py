@@ -371,6 +371,47 @@ def test_an_order_that_cannot_be_read_is_not_missing(
         until(lambda: trader.place(limit(), key="hole"))
 
 
+def test_an_order_of_which_only_its_execution_is_told(trader: Trader, tws: Tws) -> None:
+    """ "Market orders that fill at once commonly have no orderStatus", says IB."""
+    tws.only_executions = True
+    order_id = trader.placed(market(), "quick")
+    [order] = tws.exchange.orders.values()
+    assert order_id == order.order_id
+    node = trader.wait_order(key="quick", isFilled=True)
+    assert (node["qty"], node["filledQty"]) == (12, 12)
+
+
+def test_a_filled_order_that_only_executions_list(
+    subject: Subject, trader: Trader, tws: Tws, exchange: Exchange
+) -> None:
+    """Filled while the gateway was away (erdewit/ib_insync#130, #365): not "not placed"."""
+    tws.only_executions = True
+    with subject.one_order() as at_exchange:
+        exchange.fault("place", FaultKind.ACCEPT_THEN_CUT)
+        assert trader.place(market(), key="gone").code == "OUTCOME_UNKNOWN"
+        answer = until(lambda: trader.place(market(), key="gone", timeout=1))
+    order_id = at_exchange().order_id
+    assert answer["orderId"] == order_id
+    node = trader.order(key="gone")
+    assert (node["qty"], node["isFilled"], node["isCompleted"]) == (12, True, True)
+    assert [fill["qty"] for fill in trader.fills(order_id)["fills"]] == [12]
+    assert "filled" in trader.cancel(order_id)["ex"]
+
+
+def test_a_part_that_only_executions_list_is_no_whole(
+    subject: Subject, trader: Trader, tws: Tws, exchange: Exchange
+) -> None:
+    order_id = trader.placed(limit(), "part")
+    tws.only_executions = True
+    exchange.fill(order_id, 5, "12.30")
+    tws.restart()
+    until(subject.trader().cash)
+    node = trader.wait_order(key="part", filledQty=5)
+    assert (node["qty"], node["isFilled"], node["isCompleted"]) == (12, False, False)
+    answer = trader.cancel(order_id)
+    assert answer.code == "BROKER_REJECTED" and "only executions" in answer["ex"]
+
+
 # --- whose order --------------------------------------------------------------------------------
 def test_orders_of_others_are_found_and_not_cancelled(trader: Trader, tws: Tws) -> None:
     others = tws.place_elsewhere("AAPL", 10, "99.5", client_id=9, order_id=4)

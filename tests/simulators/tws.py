@@ -131,6 +131,7 @@ class Tws:
         self.ledger_prefix = ""  # "$LEDGER-" in newer TWS
         self.garbled = False  # openOrder comes without its last field
         self.order_messages: list[tuple[int, str]] = []  # sent with every accepted order
+        self.only_executions = False  # all that is told of orders, in lists as well
         # Says what becomes of an order that was taken in, instead of what usually does.
         self.on_place: Callable[[_Connection, ExchangeOrder], None] | None = None
         self.held_client_ids: set[int] = set()  # in use by somebody else
@@ -227,9 +228,7 @@ class Tws:
     # --- what a test makes it say and do --------------------------------------------------
     def say(self, code: int, text: str, request_id: int = -1) -> None:
         """Sends an error message to every client."""
-        self.do(
-            lambda: [client.error(request_id, code, text) for client in list(self._clients)]
-        )
+        self.do(lambda: [client.error(request_id, code, text) for client in list(self._clients)])
 
     def link(self, up: bool, *, data_kept: bool = True) -> None:
         """IB's servers go away (1100) or come back (1102, or 1101 when subscriptions are lost)."""
@@ -742,11 +741,14 @@ class _Connection(asyncio.Protocol):
 
     def tell_order(self, order: ExchangeOrder) -> None:
         """openOrder, new executions, orderStatus, and the error that goes with the end."""
-        self.open_order(order)
+        if not self.tws.only_executions:
+            self.open_order(order)
         for fill in order.fills:
             if fill.fill_id not in self.tws._told_fills:
                 self.tws._told_fills.add(fill.fill_id)
                 self._execution(-1, order, fill)
+        if self.tws.only_executions:
+            return
         self._order_status(order)
         order_id = order.wire["orderId"]
         if order.status is OrderStatus.REJECTED:
@@ -809,19 +811,21 @@ class _Connection(asyncio.Protocol):
         ]
 
     def _open_orders(self, *, own: bool) -> None:
-        with self.exchange.lock:
-            orders = [replace(order) for order in self.exchange.orders.values()]
-        for order in orders:
+        for order in self._listed():
             if order.status.is_final or (own and order.wire["clientId"] != self.client_id):
                 continue
             self.open_order(order)
             self._order_status(order)
         self.send(53, 1)
 
-    def _completed_orders(self) -> None:
+    def _listed(self) -> list[ExchangeOrder]:
+        if self.tws.only_executions:
+            return []
         with self.exchange.lock:
-            orders = [replace(order) for order in self.exchange.orders.values()]
-        for order in orders:
+            return [replace(order) for order in self.exchange.orders.values()]
+
+    def _completed_orders(self) -> None:
+        for order in self._listed():
             if order.status.is_final:
                 self._completed_order(order)
         self.send(102)
