@@ -254,9 +254,8 @@ class OrderBook:
         return self._by_perm.get(perm_id)
 
     def own(self, api_id: int) -> BookedOrder | None:
-        """Our order with this API id, once TWS has said its permId."""
-        booked = self._by_api.get((self._client_id, api_id))
-        return booked if booked is not None and booked.perm_id else None
+        """Our order with this API id; its permId may come later."""
+        return self._by_api.get((self._client_id, api_id))
 
     def fills(self, perm_id: int) -> list[Fill]:
         booked = self._by_perm.get(perm_id)

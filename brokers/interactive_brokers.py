@@ -240,31 +240,32 @@ class InteractiveBrokers(BaseBroker):
     async def _placed(self, tws: TwsSession, api_id: int, heard: list[tuple[int, str]]) -> str:
         """Waits for TWS to take or refuse an order that was sent; its permId."""
         while True:
-            booked = tws.book.own(api_id)
-            refused = next((error for error in heard if is_refusal(error[0])), None)
-            if booked is not None and booked.is_refused:
-                raise Rejected(booked.error_reason)
-            if booked is not None and booked.status != "Inactive":
+            booked, refused = _taken(tws, api_id), _refused(heard)
+            if booked is not None and booked.perm_id and booked.status != "Inactive":
                 return str(booked.perm_id)
             if booked is None and refused is not None and refused[0] in SURELY_REFUSED:
                 raise refusal(*refused)
-            if not tws.is_open:
-                raise OutcomeUnknown("TWS closed the connection before it confirmed the order")
-            is_doubtful = booked is not None or refused is not None
+            _still_open(tws)
+            is_doubtful = refused is not None or booked is not None and booked.status == "Inactive"
             if not await tws.change(DOUBT_GRACE if is_doubtful else None):
                 break
         try:
             await tws.list_orders()
         except HttpTradingError:
             raise OutcomeUnknown("TWS has not said what became of the order") from None
-        booked = tws.book.own(api_id)
-        if booked is None and refused is not None:
+        refused = _refused(heard)
+        if _taken(tws, api_id) is None and refused is not None:
             raise refusal(*refused)
-        if booked is not None and booked.is_refused:
-            raise Rejected(booked.error_reason)
-        if booked is None:
-            raise OutcomeUnknown("TWS has not said what became of the order")
-        return str(booked.perm_id)
+        return await self._numbered(tws, api_id)
+
+    async def _numbered(self, tws: TwsSession, api_id: int) -> str:
+        """The permId of an order that TWS's list has, or had before it; TWS may say it later."""
+        while (booked := _taken(tws, api_id)) is not None:
+            if booked.perm_id:
+                return str(booked.perm_id)
+            _still_open(tws)
+            await tws.change()
+        raise OutcomeUnknown("TWS has not said what became of the order")
 
     async def cancel_order(self, order_id: str) -> None:
         with _nothing_sent():
@@ -476,6 +477,23 @@ def _nothing_sent() -> Iterator[None]:
         yield
     except (asyncio.CancelledError, TimedOut):
         raise BrokerUnavailable("TWS did not answer in time; nothing was sent") from None
+
+
+def _taken(tws: TwsSession, api_id: int) -> BookedOrder | None:
+    """What TWS has said of an order that was sent; Rejected when that is its end."""
+    booked = tws.book.own(api_id)
+    if booked is not None and booked.is_refused:
+        raise Rejected(booked.error_reason)
+    return booked
+
+
+def _still_open(tws: TwsSession) -> None:
+    if not tws.is_open:
+        raise OutcomeUnknown("TWS closed the connection before it confirmed the order")
+
+
+def _refused(heard: list[tuple[int, str]]) -> tuple[int, str] | None:
+    return next((error for error in heard if is_refusal(error[0])), None)
 
 
 def _the_only(contract: Contract, details: list[Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -16,12 +17,12 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from acceptance.cases import BrokerAcceptance, FaultAcceptance, PushAcceptance
-from acceptance.kit import Answer, Subject, Trader, wait_for
+from acceptance.kit import Answer, Subject, Trader, in_time, wait_for
 from httptrading.brokers import ib_session, interactive_brokers
 from httptrading.brokers.interactive_brokers import InteractiveBrokers
 from httptrading.errors import BrokerUnavailable
 from httptrading.model import Contract, Lifecycle, OrderType, TimeInForce, TradeType
-from simulators.exchange import Exchange, ExchangeOrder, ExchangePosition, FaultKind
+from simulators.exchange import Exchange, ExchangeOrder, ExchangePosition, FaultKind, OrderStatus
 from simulators.tws import Tws
 
 ACCOUNT = "DU1234567"
@@ -286,6 +287,46 @@ def test_an_unknown_error_is_settled_by_asking(trader: Trader, exchange: Exchang
     answer = trader.place(limit())
     assert answer.code == "BROKER_REJECTED" and "A new kind of refusal" in answer["ex"]
     assert any(each.fields["request"] == "reqAllOpenOrders" for each in exchange.received("orders"))
+
+
+def without_a_permanent_id(client: Any, order: ExchangeOrder) -> None:
+    client.tws.unnumbered.add(order.order_id)
+    client.say(order, "PendingSubmit")
+    client.error(order.wire["orderId"], 10999, "A new kind of remark")
+
+
+def listed_after_placing(exchange: Exchange) -> bool:
+    """Whether the last of the three lists was asked for since."""
+    operations = [request.operation for request in exchange.requests]
+    return "place" in operations and "fills" in operations[operations.index("place") :]
+
+
+def test_an_order_listed_without_its_permanent_id_is_not_refused(
+    subject: Subject, tws: Tws, exchange: Exchange
+) -> None:
+    """It is there, whatever an unknown error may mean; its id comes later."""
+
+    tws.on_place = without_a_permanent_id
+    with ThreadPoolExecutor() as pool, subject.one_order() as at_exchange:
+        answer = pool.submit(subject.trader().place, limit(), key="late")
+        exchange.wait_for(lambda: listed_after_placing(exchange))
+        assert not answer.done()
+        tws.unnumbered.clear()
+        exchange.settle(at_exchange().order_id, OrderStatus.WORKING)
+        assert answer.result()["orderId"] == at_exchange().order_id
+    assert subject.trader().order(key="late")["isCompleted"] is False
+
+
+def test_an_order_that_stays_without_its_permanent_id_is_unknown(
+    subject: Subject, tws: Tws, exchange: Exchange
+) -> None:
+    tws.on_place = without_a_permanent_id
+    answer = in_time(
+        lambda seconds: subject.trader().place(limit(), key="late", timeout=seconds),
+        lambda answer: listed_after_placing(exchange),
+    )
+    assert answer.code == "OUTCOME_UNKNOWN"
+    assert len(exchange.received("place")) == 1
 
 
 def test_an_unknown_error_beside_a_working_order(trader: Trader, tws: Tws) -> None:

@@ -131,6 +131,7 @@ class Tws:
         self.ledger_prefix = ""  # "$LEDGER-" in newer TWS
         self.garbled = False  # openOrder comes without its last field
         self.order_messages: list[tuple[int, str]] = []  # sent with every accepted order
+        self.unnumbered: set[str] = set()  # orders of which TWS says the permId 0
         self.only_executions = False  # all that is told of orders, in lists as well
         # Says what becomes of an order that was taken in, instead of what usually does.
         self.on_place: Callable[[_Connection, ExchangeOrder], None] | None = None
@@ -766,7 +767,7 @@ class _Connection(asyncio.Protocol):
         last = order.fills[-1].price if order.fills else 0
         self.send(
             *(3, order.wire["orderId"], status or WIRE_STATUS[order.status], order.filled),
-            *(order.qty - order.filled, order.avg_price, order.order_id, 0, last),
+            *(order.qty - order.filled, order.avg_price, self._perm_id(order), 0, last),
             *(order.wire["clientId"], "", 0),
         )
 
@@ -775,6 +776,9 @@ class _Connection(asyncio.Protocol):
         if status:
             values["status"] = status
         self._send_named(5, OPEN_ORDER, values)
+
+    def _perm_id(self, order: ExchangeOrder) -> str:
+        return "0" if order.order_id in self.tws.unnumbered else order.order_id
 
     def _order_values(self, order: ExchangeOrder) -> dict[str, object]:
         """The fields of openOrder and completedOrder that say something."""
@@ -789,7 +793,7 @@ class _Connection(asyncio.Protocol):
             "account": order.account,
             "orderRef": order.mark,
             "clientId": wire["clientId"],
-            "permId": order.order_id,
+            "permId": self._perm_id(order),
             "outsideRth": wire["outsideRth"] or 0,
             "status": WIRE_STATUS[order.status],
         }
