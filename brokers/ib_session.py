@@ -131,6 +131,7 @@ class TwsSession:
         ib.errorEvent -= ib._onError
         ib.RaiseRequestErrors = True
         ib.wrapper.clientId = self.client_id
+        ib.wrapper.completedOrder = _only_asked_for(ib.wrapper)
         for name, ear in (
             ("openOrder", self._on_open_order),
             ("completedOrder", self._on_completed_order),
@@ -528,3 +529,15 @@ class TwsSession:
             raise
         finally:
             del self._heard[api_id]
+
+
+def _only_asked_for(wrapper: Any) -> Callable[..., None]:
+    """The SDK's own handler of completedOrder fails without a request that is running, and TWS
+    tells of some unasked (ib_insync#683, ib_async#128, #150)."""
+    take = wrapper.completedOrder
+
+    def handle(*arguments: Any) -> None:
+        if "completedOrders" in wrapper._results:
+            take(*arguments)
+
+    return handle

@@ -453,6 +453,17 @@ def test_a_part_that_only_executions_list_is_no_whole(
     assert answer.code == "BROKER_REJECTED" and "only executions" in answer["ex"]
 
 
+def test_completed_orders_that_nobody_asked_for(trader: Trader, tws: Tws) -> None:
+    """ib_insync#683, ib_async#128, #150; here also amid the answers to other requests."""
+    tws.tells_completed = True
+    filled, cancelled = trader.placed(market()), trader.placed(limit())
+    assert trader.cancel(cancelled).ok
+    for _ in range(2):
+        # Of an order that nobody knows: from a new list each time.
+        assert trader.state("1").code == "ORDER_NOT_FOUND"
+    assert trader.order(filled)["isFilled"] and trader.order(cancelled)["isCanceled"]
+
+
 # --- whose order --------------------------------------------------------------------------------
 def test_orders_of_others_are_found_and_not_cancelled(trader: Trader, tws: Tws) -> None:
     others = tws.place_elsewhere("AAPL", 10, "99.5", client_id=9, order_id=4)

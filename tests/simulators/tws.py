@@ -132,6 +132,7 @@ class Tws:
         self.garbled = False  # openOrder comes without its last field
         self.order_messages: list[tuple[int, str]] = []  # sent with every accepted order
         self.unnumbered: set[str] = set()  # orders of which TWS says the permId 0
+        self.tells_completed = False  # completedOrder without being asked, as some TWS do
         self.only_executions = False  # all that is told of orders, in lists as well
         # Says what becomes of an order that was taken in, instead of what usually does.
         self.on_place: Callable[[_Connection, ExchangeOrder], None] | None = None
@@ -750,6 +751,8 @@ class _Connection(asyncio.Protocol):
                 self._execution(-1, order, fill)
         if self.tws.only_executions:
             return
+        if self.tws.tells_completed and order.status.is_final:
+            self._completed_order(order)
         self._order_status(order)
         order_id = order.wire["orderId"]
         if order.status is OrderStatus.REJECTED:
@@ -858,6 +861,8 @@ class _Connection(asyncio.Protocol):
             for fill in order.fills:
                 if fill.epoch >= self.tws.fills_from:
                     self._execution(request_id, order, fill)
+            if self.tws.tells_completed and order.status.is_final:
+                self._completed_order(order)
         self.send(55, 1, request_id)
 
     def _all_orders(self) -> Iterable[ExchangeOrder]:
