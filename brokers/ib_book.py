@@ -156,7 +156,7 @@ class BookedOrder:
     def is_described(self) -> bool:
         """Whether TWS has said what the order is, or at least whose: an execution carries the
         mark."""
-        return bool(self.perm_id) and (self.wire is not None or bool(self.mark))
+        return self.wire is not None or bool(self.mark)
 
     @property
     def filled_qty(self) -> Decimal:
@@ -209,7 +209,7 @@ class BookedOrder:
 
     def order(self) -> Order:
         return Order(
-            order_id=str(self.perm_id),
+            order_id=str(self.perm_id or ""),
             currency=self.contract.currency if self.contract is not None else "",
             qty=self.qty,
             filled_qty=self.filled_qty,

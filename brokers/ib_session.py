@@ -448,7 +448,7 @@ class TwsSession:
         """Wakes who waits for an order, and reports what is new: TWS repeats itself a lot."""
         self._changed.set()
         order = booked.order()
-        if self.shows(booked) and self._told.get(order.order_id) != order:
+        if booked.perm_id and self.shows(booked) and self._told.get(order.order_id) != order:
             self._told[order.order_id] = order
             if self._is_live:
                 self._ears.on_order(booked)
@@ -457,7 +457,10 @@ class TwsSession:
         return booked.account == self.account
 
     def shows(self, booked: BookedOrder) -> bool:
-        return booked.is_described and self.is_ours(booked)
+        """Whether an order is reported. One that has no permanent id yet only when it may be the
+        gateway's: some that others made never get one."""
+        may_be_known = booked.perm_id or booked.mark or booked.client_id == self.client_id
+        return bool(may_be_known) and booked.is_described and self.is_ours(booked)
 
     def _first(self, ear: Callable[..., None], then: Callable[..., Any]) -> Callable[..., Any]:
         """Calls ours, then the SDK's own handler of a message."""

@@ -464,6 +464,39 @@ def test_completed_orders_that_nobody_asked_for(trader: Trader, tws: Tws) -> Non
     assert trader.order(filled)["isFilled"] and trader.order(cancelled)["isCanceled"]
 
 
+def test_an_order_of_somebody_without_a_permanent_id(
+    subject: Subject, trader: Trader, tws: Tws, exchange: Exchange
+) -> None:
+    """TWS may list one for days; everything else is listed and settled nevertheless."""
+    tws.unnumbered.add(tws.place_elsewhere("AAPL", 5, "9").order_id)
+    order_id = trader.placed(limit())
+    assert [node["orderId"] for node in trader.orders(open="true")["orders"]] == [order_id]
+    with subject.one_order() as at_exchange:
+        exchange.fault("place", FaultKind.ACCEPT_THEN_CUT)
+        assert trader.place(limit(), key="cut").code == "OUTCOME_UNKNOWN"
+        answer = until(lambda: trader.place(limit(), key="cut", timeout=1))
+    assert answer["orderId"] == at_exchange().order_id
+
+
+def test_an_order_of_ours_without_a_permanent_id_is_not_missing(
+    subject: Subject, trader: Trader, tws: Tws, exchange: Exchange
+) -> None:
+    def cut(client: Any, order: ExchangeOrder) -> None:
+        tws.unnumbered.add(order.order_id)
+        client.abort()
+
+    tws.on_place = cut
+    with subject.one_order() as at_exchange:
+        assert trader.place(limit(), key="cut").code == "OUTCOME_UNKNOWN"
+        for listings in range(1, 6):  # two would do to take it for missing
+            exchange.wait_for(lambda least=listings: len(exchange.received("fills")) > least)
+            again = trader.place(limit(), key="cut", timeout=1)
+            assert again.code in {"OUTCOME_UNKNOWN", "BROKER_UNAVAILABLE"}, again
+        tws.unnumbered.clear()
+        answer = until(lambda: trader.place(limit(), key="cut", timeout=1))
+    assert answer["orderId"] == at_exchange().order_id
+
+
 # --- whose order --------------------------------------------------------------------------------
 def test_orders_of_others_are_found_and_not_cancelled(trader: Trader, tws: Tws) -> None:
     others = tws.place_elsewhere("AAPL", 10, "99.5", client_id=9, order_id=4)
