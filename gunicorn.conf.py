@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from httptrading.app import hooks
-from httptrading.app.config import ConfigurationError, load_settings
+from httptrading.app.config import ConfigurationError, address, load_settings
 from httptrading.app.logs import log_to_stderr, secrets_of
 from httptrading.brokers.gateway import Gateway
 
@@ -21,7 +21,7 @@ log_to_stderr(secrets_of(settings.instances))
 
 # --- what runs ---------------------------------------------------------------------------------
 wsgi_app = "wsgi:app"
-bind = f"{settings.host}:{settings.port}"
+bind = address(settings.host, settings.port)
 proc_name = "httptrading"
 
 # One process owns the brokers' sessions, with a thread for each request that is under way.
@@ -81,14 +81,15 @@ def post_worker_init(worker):
         print(first_steps(worker.sockets[0].getsockname()), file=sys.stderr, flush=True)
 
 
-def first_steps(address):
+def first_steps(listening):
     """What to try with the made-up paper account; `make run` alone shows its token."""
     broker = settings.instances[0].broker
     if not os.environ.get("HTTPTRADING_SHOW_TOKEN"):
         return f"httptrading: no configuration, so one paper account runs: see {settings.data_dir}"
-    host = "127.0.0.1" if address[0] == "0.0.0.0" else address[0]
+    host, port = listening[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # one cannot call everywhere
     return (
         "\nhttptrading listens, with one paper account (模拟交易) and no configuration. Try:\n\n"
         f"  curl -H 'HT-TOKEN: {broker.tokens[0]}' "
-        f"http://{host}:{address[1]}/httptrading/api/{broker.instance_id}/cash/state\n"
+        f"http://{address(host, port)}/httptrading/api/{broker.instance_id}/cash/state\n"
     )

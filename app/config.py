@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
+import ipaddress
 import math
 import os
 import re
@@ -51,6 +52,7 @@ GENERATED_FILE = "paper-instance.toml"
 _INSTANCE_ID = re.compile(r"[A-Za-z0-9_-]{16,32}")
 _TOKEN = re.compile(r"[\x21-\x7e]{16,64}")
 _TOKEN_DIGEST = re.compile(r"sha256:[0-9a-fA-F]{64}")
+_HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _VARIABLE = re.compile(r"\$?\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _SECRET_NAME = re.compile(r"key|secret|token|pin|password|account|tiger_id", re.IGNORECASE)
 
@@ -113,6 +115,11 @@ def token_digest(token: str) -> bytes:
     if _TOKEN_DIGEST.fullmatch(token):
         return bytes.fromhex(token.removeprefix("sha256:"))
     return hashlib.sha256(token.encode()).digest()
+
+
+def address(host: str, port: int) -> str:
+    """As URLs and gunicorn's `bind` have it: an IPv6 address stands in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def masked(instance_id: str) -> str:
@@ -346,15 +353,26 @@ class _InstanceSchema(_StrictSchema):
     max_order_value = _OrderValue()
 
 
+def _check_host(text: str) -> None:
+    if _HOST_NAME.fullmatch(text):
+        return
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        raise ValidationError(
+            "must be a host name or an IP address, without port or brackets"
+        ) from None
+
+
 class _ServiceSchema(_StrictSchema):
     data_dir = fields.String()
     token_header = fields.String(validate=validate.Regexp(r"[A-Za-z][A-Za-z0-9-]*\Z"))
     compat = fields.String(validate=validate.OneOf(("1.0",)))
     journal_url = fields.String()
     metrics_token = fields.String(validate=validate.Length(16, 64))
-    host = fields.String(validate=validate.Length(1))
-    port = _Whole(validate=validate.Range(1, 65535))
-    threads = _Whole(validate=validate.Range(2, 512))
+    host = fields.String(validate=_check_host)
+    port = _Whole(validate=validate.Range(1, 65535, error="must be from 1 to 65535"))
+    threads = _Whole(validate=validate.Range(2, 512, error="must be from 2 to 512"))
 
 
 _SECRET_KEYS = ("id", "tokens", "journal_url", "metrics_token")
@@ -518,9 +536,10 @@ def _load_file(path: Path, environ: Mapping[str, str], generated: bool = False) 
     path = path.absolute()
     source = _Source(path, environ)
     tables = source.tables()
-    tables.update(_overrides(source, environ))
     listed = tables.pop("instance", None)
-    service = _loaded(source, "", _ServiceSchema(), source.resolved("", tables))
+    overrides = _overrides(source, environ)
+    own = {key: value for key, value in tables.items() if key not in overrides}
+    service = _loaded(source, "", _ServiceSchema(), source.resolved("", own)) | overrides
     try:
         check_service(service.get("journal_url"), service.get("metrics_token"))
     except ConfigurationError as error:
@@ -553,19 +572,25 @@ def _load_file(path: Path, environ: Mapping[str, str], generated: bool = False) 
     )
 
 
+_VARIABLES = {
+    "data_dir": "HTTPTRADING_DATA_DIR",
+    "host": "HTTPTRADING_HOST",
+    "port": "HTTPTRADING_PORT",
+}
+
+
 def _overrides(source: _Source, environ: Mapping[str, str]) -> dict[str, Any]:
-    """What the environment says in place of the file."""
-    found: dict[str, Any] = {}
-    if environ.get("HTTPTRADING_DATA_DIR"):
-        found["data_dir"] = str(Path(environ["HTTPTRADING_DATA_DIR"]).absolute())
-    if environ.get("HTTPTRADING_HOST"):
-        found["host"] = environ["HTTPTRADING_HOST"]
-    if environ.get("HTTPTRADING_PORT"):
-        try:
-            found["port"] = int(environ["HTTPTRADING_PORT"])
-        except ValueError:
-            source.problem("", "HTTPTRADING_PORT: must be a whole number")
-    return found
+    """What the environment says in place of the file; problems are told by the variable's name."""
+    given: dict[str, Any] = {
+        key: environ[name] for key, name in _VARIABLES.items() if environ.get(name)
+    }
+    if "data_dir" in given:
+        given["data_dir"] = str(Path(given["data_dir"]).absolute())
+    if re.fullmatch("[0-9]{1,9}", given.get("port", "")):  # else the schema says what is wrong
+        given["port"] = int(given["port"])
+    for key, texts in _ServiceSchema().validate(given).items():
+        source.problem("", f"{_VARIABLES[key]}: {' '.join(texts)}")
+    return given
 
 
 def _loaded(

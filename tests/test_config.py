@@ -16,6 +16,7 @@ from httptrading import create_blueprint
 from httptrading.app.config import (
     ConfigurationError,
     Settings,
+    address,
     check_instances,
     default_data_dir,
     load_settings,
@@ -164,6 +165,43 @@ def test_the_environment_wins_over_the_file(config: Config) -> None:
     assert (settings.host, settings.port) == ("127.0.0.2", 1234)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("PORT", "0", "must be from 1 to 65535"),
+        ("PORT", "65536", "must be from 1 to 65535"),
+        ("PORT", "http", "must be a whole number"),
+        ("PORT", "８０８０", "must be a whole number"),
+        (
+            "HOST",
+            "127.0.0.1:8080",
+            "must be a host name or an IP address, without port or brackets",
+        ),
+        ("HOST", "[::1]", "must be a host name or an IP address, without port or brackets"),
+        (
+            "HOST",
+            "unix:/run/http.sock",
+            "must be a host name or an IP address, without port or brackets",
+        ),
+    ],
+)
+def test_a_wrong_variable_is_named_and_not_the_file(
+    config: Config, name: str, value: str, expected: str
+) -> None:
+    config.environ[f"HTTPTRADING_{name}"] = value
+    assert config.instance().problems() == [f"HTTPTRADING_{name}: {expected}"]
+
+
+@pytest.mark.parametrize("host", ["::1", "::", "fe80::1%eth0", "0.0.0.0", "localhost", "a-b.c"])
+def test_hosts(config: Config, host: str) -> None:
+    config.environ["HTTPTRADING_HOST"] = host
+    assert config.instance().load().host == host
+
+
+def test_an_ipv6_address_stands_in_brackets_before_its_port() -> None:
+    assert (address("::1", 80), address("10.0.0.1", 80)) == ("[::1]:80", "10.0.0.1:80")
+
+
 def test_the_file_may_be_named_by_the_environment(config: Config) -> None:
     config.instance()
     settings = load_settings(None, config.environ | {"HTTPTRADING_CONFIG": str(config.path)})
@@ -262,7 +300,10 @@ def test_a_readable_file_is_warned_about(config: Config) -> None:
         ('args = { app_key_file = "gone" }', "", "args.app_key_file: "),
         ('args = { a = 1, a_file = "b" }', "", "args.a_file: a and a_file can't both be there"),
         ('tokens_file = "b"', "", "tokens_file: tokens and tokens_file can't both be there"),
-        ("", "port = 70000", "httptrading.toml: port: Must be greater than or equal to 1"),
+        ("", "port = 70000", "httptrading.toml: port: must be from 1 to 65535"),
+        ("", "port = 0", "httptrading.toml: port: must be from 1 to 65535"),
+        ("", "threads = 1", "httptrading.toml: threads: must be from 2 to 512"),
+        ("", 'host = ""', "host: must be a host name or an IP address, without port or brackets"),
         ("", 'compat = "2.0"', "compat: Must be one of: 1.0"),
         ("", 'token_header = "a b"', "token_header: String does not match"),
         ("", 'metrics_token = "short"', "metrics_token: Length must be between 16 and 64"),

@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ import sys
 import textwrap
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -144,7 +146,9 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def started(folder: Path, port: int, *command: str, **environ: str) -> Iterator[Service]:
+def started(
+    folder: Path, port: int, *command: str, host: str = "127.0.0.1", **environ: str
+) -> Iterator[Service]:
     """Runs until the block ends; whatever is left then is killed."""
     log = folder / f"log-{port}"
     with log.open("wb") as output:
@@ -161,7 +165,7 @@ def started(folder: Path, port: int, *command: str, **environ: str) -> Iterator[
     def listens() -> bool:
         assert process.poll() is None, service.log
         with contextlib.suppress(OSError):
-            socket.create_connection(("127.0.0.1", port), 1).close()
+            socket.create_connection((host, port), 1).close()
             return True
         return False
 
@@ -437,6 +441,24 @@ def test_gunicorn_alone_serves_the_configuration(
         until_served(service)
         assert service.stop() < STOPS_WITHIN
         assert service.process.returncode == 0
+
+
+@pytest.mark.parametrize("host", ["::1", "::"])
+def test_gunicorn_listens_on_ipv6_and_prints_a_curl_line_that_works(
+    deployment: Path, host: str
+) -> None:
+    environ = {
+        "HTTPTRADING_DATA_DIR": str(deployment / "new"),
+        "HTTPTRADING_HOST": host,
+        "HTTPTRADING_PORT": str(port := free_port()),
+        "HTTPTRADING_SHOW_TOKEN": "1",
+    }
+    with started(deployment, port, "-m", "gunicorn", host="::1", **environ) as service:
+        line = r"curl -H 'HT-TOKEN: (\S+)' (http://\[::1\]:\S+)"
+        found = wait_for(lambda: re.search(line, service.log), "the curl line")
+        headers = {"HT-TOKEN": found[1], "HT-TIMEOUT": "30"}
+        with urllib.request.urlopen(urllib.request.Request(found[2], headers=headers)) as answer:
+            assert json.load(answer)["cash"]["currency"] == "USD"
 
 
 @pytest.mark.parametrize(
