@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,6 +211,14 @@ def test_the_ages_are_those_of_the_gateway(document: str) -> None:
         if seconds != AGES[name]
     }
     assert told == own
+
+
+def test_the_extra_all_has_every_extra_that_users_install() -> None:
+    extras = tomllib.loads(text("pyproject.toml"))["project"]["optional-dependencies"]
+    (everything,) = extras.pop("all")
+    assert everything == f"httptrading[{','.join(name for name in extras if name != 'dev')}]"
+    for document in READMES:
+        assert all(f"`{name}`" in text(document) for name in extras if name != "dev")
 
 
 REGIONS = ("US", "HK", "CN")

@@ -90,7 +90,8 @@ def test_the_gateway_itself_answers_a_body_that_is_too_large(site: Site) -> None
 
 
 def test_nginx_stops_what_is_much_too_large(site: Site) -> None:
-    assert site.api("POST", "order/place", {"x": "y" * 200_000}).status == 413
+    answer = site.api("POST", "order/place", {"x": "y" * 200_000})
+    assert (answer.status, answer.headers["Content-Type"]) == (413, "text/html")  # as README says
 
 
 def test_only_the_service_is_there(site: Site) -> None:
