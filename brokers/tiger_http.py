@@ -13,6 +13,7 @@ import base64
 import contextlib
 import hashlib
 import http.client
+import io
 import json
 import logging
 import socket
@@ -115,6 +116,33 @@ def device_id(tiger_id: str) -> str:
     return ":".join(["02", *(digits[i : i + 2] for i in range(0, 10, 2))])
 
 
+class _Deadlined(io.RawIOBase):
+    """What a socket receives until a deadline: its own timeout begins anew with each piece."""
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, left: Callable[[], float]) -> None:
+        self._raw, self._sock, self._left = raw, sock, left
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> Any:
+        self._sock.settimeout(self._left())
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _response_within(left: Callable[[], float]) -> type[http.client.HTTPResponse]:
+    class Response(http.client.HTTPResponse):
+        def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+            super().__init__(sock, *args, **kwargs)
+            self.fp = io.BufferedReader(_Deadlined(self.fp.detach(), sock, left))
+
+    return Response
+
+
 class Transport:
     """One keep-alive connection to the gateway, used by one thread; `abort()` by any.
 
@@ -153,6 +181,7 @@ class Transport:
             if self._tls
             else http.client.HTTPConnection(host, port, timeout=left)
         )
+        connection.response_class = _response_within(self._left_to_receive)
         connection.auto_open = 0  # it must not connect again behind our back
         self._connection = connection
         try:
@@ -225,6 +254,12 @@ class Transport:
         if left <= 0:
             raise Busy("There was no time left to ask Tiger; nothing was sent", retry_after=1)
         return left
+
+    def _left_to_receive(self) -> float:
+        try:
+            return self._left()
+        except (Busy, BrokerUnavailable):  # which say that nothing was sent
+            raise TimeoutError from None
 
     def _usable(self, connection: http.client.HTTPConnection) -> bool:
         """Whether the server has neither closed it nor said anything since the last answer."""

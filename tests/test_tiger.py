@@ -955,6 +955,23 @@ def test_the_timeout_given_ends_what_hangs(args: dict[str, Any], exchange: Excha
     assert time.monotonic() - began < 25, "2 s on an idle machine; 30 s is the other's timeout"
 
 
+def test_the_timeout_given_ends_what_drips(args: dict[str, Any], gateway: TigerGateway) -> None:
+    """Each byte comes soon enough, and all of them take a minute and more."""
+    began = time.monotonic()
+    with connected(args, "trade", push_host="") as broker:
+        broker._timeout = 1.0
+        gateway.spoil("place", Spoil.DRIPPING)
+        # A machine that stands still may not come to send it.
+        with pytest.raises((OutcomeUnknown, Busy)):
+            place(broker)
+    with connected(args, "account") as broker:
+        broker._timeout = 1.0
+        gateway.spoil("positions", Spoil.DRIPPING)
+        with pytest.raises((TimedOut, Busy)):
+            broker.positions()
+    assert time.monotonic() - began < 25, "2 s on an idle machine"
+
+
 def test_an_answer_without_data(trade: Any, account: Any, gateway: TigerGateway) -> None:
     gateway.spoil("place", Spoil.NO_DATA)
     with pytest.raises(OutcomeUnknown, match="without telling its id"):

@@ -91,6 +91,7 @@ WIRE_STATUS = {
 ORDER_NUMBERS = itertools.count(1001)
 """Of all gateways in the process: Tiger gives none twice, also not after a restart."""
 
+DRIPPING = "X-Pace: a byte at a time\r\n"  # a header of answers that come so
 CURRENCIES = ("USD", "HKD", "CNH", "SGD")  # docs.itigerup.com/docs/accounts, prime assets
 CURRENCY = {"US": "USD", "HK": "HKD", "CN": "CNH"}
 ORDER_DATA = SocketCommon.DataType.OrderStatus
@@ -107,6 +108,7 @@ class Spoil(enum.Enum):
     UNSIGNED = "done, answered without a sign"
     WRONGLY_SIGNED = "done, signed with another key"
     NO_DATA = "done, code 0 without data"
+    DRIPPING = "done, answered a byte at a time"
     SERVER_ERROR = "not done, HTTP 502"
     REDIRECT = "not done, HTTP 307 to another path of the same server"
 
@@ -398,11 +400,18 @@ class TigerGateway:
             if answer is None:
                 return
             status, extra, payload = answer
-            writer.write(
+            text = (
                 f"HTTP/1.1 {status} x\r\nContent-Type: application/json\r\n{extra}"
                 f"Content-Length: {len(payload)}\r\n\r\n".encode()
                 + payload
             )
+            if extra == DRIPPING:
+                for byte in text:
+                    writer.write(bytes([byte]))
+                    await writer.drain()
+                    await asyncio.sleep(0.3)
+            else:
+                writer.write(text)
             await writer.drain()
 
     async def _answer(self, body: bytes) -> tuple[int, str, bytes] | None:
@@ -448,7 +457,8 @@ class TigerGateway:
             pass  # as in the examples of docs.itigerup.com/docs/accounts and the FAQ
         elif spoil is not Spoil.UNSIGNED:
             content["sign"] = keys.sign(str(request.get("timestamp")))
-        return 200, "", json.dumps(content).encode()
+        drip = DRIPPING if spoil is Spoil.DRIPPING else ""
+        return 200, drip, json.dumps(content).encode()
 
     def _content(
         self,
