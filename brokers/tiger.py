@@ -408,7 +408,7 @@ class Tiger(BaseBroker):
                     self._account, sec_type="STK", start_time=since, limit=PAGE, page_token=token
                 )
             )
-            if page is None or not isinstance(page.data, dict) or "items" not in page.data:
+            if page is None or not mapping.is_listing(page.data, token):
                 raise TimedOut("Tiger answered no order list; try again")
             found |= {str(order.id): mapping.parse_order(order) for order in page.result}
             token = page.next_page_token or ""

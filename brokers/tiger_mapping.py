@@ -207,14 +207,17 @@ def parse_order(order: Any) -> OrderReport:
     """An order of the SDK's lists (trade/response/orders_response.py `parse_order`)."""
     contract = order.contract
     found = contract_of(contract.symbol, contract.market, contract.currency, contract.sec_type)
+    status = order._status.value
     qty, filled = (
         scaled(order.quantity, order.quantity_scale),
         scaled(order.filled, order.filled_scale),
     )
+    if status == "Filled" and order.filled is None:
+        filled = qty
     return OrderReport(
         order_of(
             order.id,
-            order._status.value,
+            status,
             str(contract.currency or ""),
             qty,
             filled,
@@ -293,6 +296,14 @@ def items_of(data: Any) -> list[Mapping[str, Any]] | None:
         return []
     items = data.get("items") or [] if isinstance(data, dict) else None
     return items if isinstance(items, list) and len(rows(items)) == len(items) else None
+
+
+def is_listing(data: Any, page_token: str) -> bool:
+    """Whether it is a list of orders. The SDK reads no data (of a code 0) as no orders; a further
+    page must have some."""
+    if not data:
+        return not page_token
+    return isinstance(data, dict) and "items" in data
 
 
 def prime_cash(assets: Any, currency: str) -> Number | None:

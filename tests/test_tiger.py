@@ -470,6 +470,18 @@ def test_statuses(
     assert order.is_completed is (outcome in {"filled", "canceled", "no money"})
 
 
+def test_filled_without_a_quantity_is_filled(
+    trade: Any, account: Any, gateway: TigerGateway
+) -> None:
+    order_id = place(trade)
+    told: dict[str, Any] = {"status": "Filled", "filledQuantity": None, "filledQuantityScale": None}
+    gateway.rewrites["order"] = lambda data: {"items": [one | told for one in data["items"]]}
+    order = account.order(order_id).order
+    assert order.is_filled and order.filled_qty == 12
+    told["status"] = "Submitted"
+    assert account.order(order_id).order.filled_qty == 0
+
+
 def test_a_failure_without_a_reason_is_named(trade: Any, account: Any, exchange: Exchange) -> None:
     rejected, expired = place(trade), place(trade)
     exchange.reject(rejected, "")
@@ -521,11 +533,36 @@ def test_the_listing_has_every_page(
 
 def test_a_listing_is_whole_or_an_error(trade: Any, account: Any, gateway: TigerGateway) -> None:
     place(trade)
-    for wrong in (Spoil.SERVER_ERROR, Spoil.NO_DATA, Spoil.UNSIGNED):
+    for wrong in (Spoil.SERVER_ERROR, Spoil.WRONGLY_SIGNED, Spoil.UNSIGNED):
         gateway.spoil("orders", wrong)
         with pytest.raises(TimedOut, match="try again"):
             account.recent_orders()
     assert len(account.recent_orders()) == 1
+
+
+@pytest.mark.parametrize("data", [None, {}, {"items": []}])
+def test_an_account_without_orders(account: Any, gateway: TigerGateway, data: Any) -> None:
+    gateway.rewrites["orders"] = lambda _: data
+    assert account.recent_orders() == []
+
+
+@pytest.mark.parametrize("data", [{"total": 1}, {"items": None}, [1], '"odd"'])
+def test_what_is_no_list_of_orders(account: Any, gateway: TigerGateway, data: Any) -> None:
+    gateway.rewrites["orders"] = lambda _: data
+    with pytest.raises(TimedOut):
+        account.recent_orders()
+
+
+def test_a_listing_does_not_end_in_the_middle(
+    trade: Any, account: Any, gateway: TigerGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiger, "PAGE", 2)
+    ids = {place(trade) for _ in range(3)}
+    gateway.rewrites["orders"] = lambda data: data if data["nextPageToken"] else None
+    with pytest.raises(TimedOut, match="no order list"):
+        account.recent_orders()
+    del gateway.rewrites["orders"]
+    assert {report.order.order_id for report in account.recent_orders()} == ids
 
 
 def test_fills(trade: Any, account: Any, exchange: Exchange) -> None:
