@@ -45,7 +45,7 @@ from httptrading.brokers.longbridge_words import (
     UNKNOWN_ORDER_CODE,
     CodedRejection,
     asked_currency,
-    epoch_seconds,
+    beyond,
     name_of,
     parse_cash,
     parse_fill,
@@ -483,7 +483,7 @@ class LongBridge(BaseBroker):
     async def _pages(
         self, what: str, key: str, moment: str, query: dict[str, str | Sequence[str]]
     ) -> list[dict[str, Any]]:
-        """Every row of a history request, which answers the latest ones first."""
+        """Every row of a history request, whichever end its pages begin at."""
         rows: list[dict[str, Any]] = []
         while True:
             await self._another_slot()
@@ -493,11 +493,10 @@ class LongBridge(BaseBroker):
                 rows += page
                 if not data.get("has_more") or not page:
                     return rows
-                moments = [epoch_seconds(row.get(moment)) for row in page]
-                oldest = str(min(each for each in moments if each is not None))
-            if oldest == query["end_at"]:
+                rest = beyond([row.get(moment) for row in page])
+            if rest.items() <= query.items():
                 raise TimedOut(f"LongBridge's {what} history does not end; try again")
-            query = {**query, "end_at": oldest}
+            query = {**query, **rest}
 
     async def _another_slot(self) -> None:
         """For a further trade call within one operation."""

@@ -21,6 +21,9 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 CONNECT_SECONDS = 5.0
+IDLE_SECONDS = 30.0
+"""A connection idle for longer is not used: a middle box may have forgotten it without a word, and
+the first order on it would end as an unknown outcome."""
 LARGEST_ANSWER = 32 * 1024 * 1024
 
 UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
@@ -64,6 +67,7 @@ class LongPortRest:
         self._token = token
         self._lock = asyncio.Lock()
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._answered = 0.0  # when the connection was last known to work, monotonic
 
     async def request(
         self,
@@ -81,6 +85,7 @@ class LongPortRest:
                 writer.write(request)
                 await writer.drain()
                 status, text, keep = await read_answer(reader)
+                self._answered = time.monotonic()
             except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
                 raise NoAnswer(type(error).__name__) from None
             finally:
@@ -96,8 +101,9 @@ class LongPortRest:
     async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         if self._streams is not None:
             reader, writer = self._streams
+            idle = time.monotonic() - self._answered > IDLE_SECONDS
             # Closed by the other side while idle, which is no reason to risk an order on it.
-            if not (reader.at_eof() or writer.is_closing() or reader.exception()):
+            if not (idle or reader.at_eof() or writer.is_closing() or reader.exception()):
                 return self._streams
             self.close()
         try:

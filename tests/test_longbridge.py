@@ -556,6 +556,30 @@ class TestNonsense:
         node = trader.market()["marketStatus"]["securities"]["US"]
         assert (node["originStatus"] == "US_NIGHT") is not remembered
 
+    @pytest.mark.parametrize("oldest_first", [False, True])
+    def test_every_page_of_a_history_is_read(
+        self, server: LongPort, tmp_path: Path, exchange: Exchange, oldest_first: bool
+    ) -> None:
+        order = {"symbol": "AAPL.US", "order_type": "LO", "side": "Buy", "submitted_price": "1"}
+        order |= {"submitted_quantity": "1", "time_in_force": "GTC"}
+        ids = [server._place(order)["order_id"] for _ in range(7)]
+        for number, order_id in enumerate(ids):
+            exchange.orders[order_id].epoch -= (10 + number % 5) * 86400
+
+        def page(data: dict[str, Any]) -> dict[str, Any]:
+            if "has_more" not in data:
+                return data
+            rows = sorted(
+                data["orders"], key=lambda row: row["submitted_at"], reverse=not oldest_first
+            )
+            return {"has_more": len(rows) > 3, "orders": rows[:3]}
+
+        server.answers["orders"] = page
+        token_file(tmp_path)
+        with Desk(tmp_path / "data", broker(server, tmp_path)) as desk:
+            answer = desk.served().orders()
+        assert {node["orderId"] for node in answer["orders"]} == set(ids)
+
     def test_order_ids_need_not_be_digits(
         self, server: LongPort, desk: Desk, exchange: Exchange
     ) -> None:

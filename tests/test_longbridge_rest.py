@@ -7,6 +7,7 @@ import ipaddress
 import socket
 import ssl
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -239,6 +240,25 @@ def test_a_connection_closed_while_idle_is_not_used(server: LongPort) -> None:
         while not rest._streams[0].at_eof():  # the news of it is here
             await asyncio.sleep(0.01)
         await rest.request("GET", "/v1/asset/stock")
+        rest.close()
+
+    run(work)
+
+
+def test_a_connection_idle_for_long_is_not_used(
+    server: LongPort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        rest = client(server.http_url)
+        await rest.request("GET", "/v1/asset/stock")
+        used = rest._streams
+        await rest.request("GET", "/v1/asset/stock")
+        assert rest._streams is used
+        later = time.monotonic() + longbridge_rest.IDLE_SECONDS
+        monkeypatch.setattr(longbridge_rest.time, "monotonic", lambda: later)
+        await rest.request("GET", "/v1/asset/stock")
+        assert rest._streams is not used
+        monkeypatch.undo()
         rest.close()
 
     run(work)
