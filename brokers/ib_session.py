@@ -91,6 +91,7 @@ class TwsSession:
         self._named: dict[str, asyncio.Future[Any]] = {}
         self._told: dict[str, Order] = {}
         self._lists: list[dict[BookedOrder, None]] = []  # being made, in TWS's order
+        self._late: set[str] = set()  # lists that did not come in time for the start
         self._unread = 0  # messages about orders that could not be read
         self._quotes: dict[int, Ticks] = {}
         self._heard: dict[int, list[tuple[int, str]]] = {}  # errors about orders being watched
@@ -104,14 +105,20 @@ class TwsSession:
     # --- life -------------------------------------------------------------------------------
     async def open(self) -> None:
         """Connects and synchronises, or raises BrokerUnavailable with what to do about it."""
+        deadline = asyncio.get_running_loop().time() + self._timeout
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout_at(deadline):
                 await self._shake_hands()
-                await self._synchronise()
-        except (TimeoutError, TimedOut):
+            await self._synchronise(deadline)
+        except TimeoutError:
             raise BrokerUnavailable(
                 f"TWS at {self._host}:{self._port} does not answer: is it logged in, is the API "
                 "enabled (Configure > API > Settings), is no dialog waiting for an answer?"
+            ) from None
+        except TimedOut as late:
+            raise BrokerUnavailable(
+                f"{late.text}; TWS at {self._host}:{self._port} took the connection: is no dialog "
+                "waiting for an answer?"
             ) from None
         except ConnectionError:
             raise BrokerUnavailable(f"TWS at {self._host}:{self._port} hung up") from None
@@ -192,16 +199,33 @@ class TwsSession:
                 else "The login of TWS manages several accounts: choose one with account_id"
             )
 
-    async def _synchronise(self) -> None:
-        """Learns every order TWS knows. Own orders first: that binds them to this connection."""
-        ib = self.ib
+    async def _synchronise(self, deadline: float) -> None:
+        """Learns every order TWS knows. Own orders first: that binds them to this connection.
+
+        Some TWS never end the lists of what is over (ib_async#54, #82, ib_insync#224, #355, #638):
+        these are waited for until the deadline, and then the gateway trades without them.
+        """
+        ib, now = self.ib, asyncio.get_running_loop().time
         if self.client_id == 0:
             ib.client.reqAutoOpenOrders(True)  # orders made by hand in TWS become ours
         ib.client.reqMarketDataType(DELAYED_IF_NOT_LIVE)
-        await self.ask_named("openOrders", ib.reqOpenOrdersAsync)
-        await self.list_orders()
+        await self.ask_named("openOrders", ib.reqOpenOrdersAsync, deadline - now())
+        await self.ask_named("openOrders", ib.reqAllOpenOrdersAsync, deadline - now())
+        over = {
+            self._start(self._completed(None)): "completedOrders",
+            self._start(self._executions(None)): "executions",
+        }
+        answered, late = await asyncio.wait(
+            over, timeout=deadline - now(), return_when=asyncio.FIRST_EXCEPTION
+        )
+        for task in answered:
+            task.result()
         if not self._is_linked:
             raise BrokerUnavailable(UNLINKED)
+        for task in late:
+            log.warning("TWS has not answered %s: orders cannot be listed before", over[task])
+            self._late.add(over[task])
+            task.add_done_callback(lambda task: self._late.discard(over[task]))
 
     async def close(self) -> None:
         self._is_live = False
@@ -232,10 +256,11 @@ class TwsSession:
     def _transport(self) -> Any:
         return self.ib.client.conn.transport if self.ib is not None else None
 
-    def _start(self, work: Coroutine[Any, Any, Any]) -> None:
+    def _start(self, work: Coroutine[Any, Any, _Answer]) -> asyncio.Task[_Answer]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _beat(self) -> None:
         """Notices a TWS that is gone without closing its socket."""
@@ -264,36 +289,55 @@ class TwsSession:
         return self.ib.client
 
     # --- asking -----------------------------------------------------------------------------
-    async def ask_named(self, name: str, request: Callable[[], Awaitable[_Answer]]) -> _Answer:
+    async def ask_named(
+        self,
+        name: str,
+        request: Callable[[], Awaitable[_Answer]],
+        seconds: float | None = ASK_LIMIT,
+    ) -> _Answer:
         """A request without an id: the SDK keeps one future under its name, so one at a time.
 
-        One that is given up leaves an answer to come that would be taken for the next one's: the
-        connection is replaced.
+        Its answer is awaited even when nobody wants it any more: it would be taken for the next
+        one's. When none comes the connection is replaced.
         """
-        async with self._locks[name]:
-            self.client()
-            try:
-                self._named[name] = asyncio.ensure_future(request())
-                async with asyncio.timeout(ASK_LIMIT):
-                    answer: _Answer = await self._named[name]
-                return answer
-            except (asyncio.CancelledError, TimeoutError) as error:
-                self._lose("TWS left a request unanswered")
-                if isinstance(error, TimeoutError):
-                    raise TimedOut(UNANSWERED) from None
-                raise
-            except ConnectionError:
-                raise BrokerUnavailable(self._lost_by) from None
-            finally:
-                self._named.pop(name, None)
+        lock = self._locks[name]
+        await lock.acquire()
+        asking = self._start(self._answer(name, request, seconds))
+        asking.add_done_callback(lambda _: lock.release())
+        try:
+            return await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            self.doubt()
+            raise
+
+    async def _answer(
+        self, name: str, request: Callable[[], Awaitable[_Answer]], seconds: float | None
+    ) -> _Answer:
+        self.client()
+        try:
+            self._named[name] = asyncio.ensure_future(request())
+            async with asyncio.timeout(seconds):
+                answer: _Answer = await self._named[name]
+            return answer
+        except TimeoutError:
+            self._lose(f"TWS left {name} unanswered")
+            raise TimedOut(f"{UNANSWERED} ({name})") from None
+        except ConnectionError:
+            raise BrokerUnavailable(self._lost_by) from None
+        finally:
+            self._named.pop(name, None)
 
     async def ask(
-        self, request: Callable[[], Awaitable[_Answer]], *, absent: int = 0
+        self,
+        request: Callable[[], Awaitable[_Answer]],
+        seconds: float | None = ASK_LIMIT,
+        *,
+        absent: int = 0,
     ) -> _Answer | None:
         """A request with an id of its own; None for the error that means "there is none"."""
         self.client()
         try:
-            async with asyncio.timeout(ASK_LIMIT):
+            async with asyncio.timeout(seconds):
                 return await request()
         except asyncio.CancelledError:
             self.doubt()
@@ -314,12 +358,10 @@ class TwsSession:
 
     async def positions(self) -> list[Any]:
         """The SDK's positions of all accounts, complete."""
-        try:
-            held: list[Any] = await self.ask_named("positions", self.ib.reqPositionsAsync)
-            return held
-        finally:
-            if self.is_open:
-                self.ib.client.cancelPositions()
+        held: list[Any] = await self.ask_named("positions", self.ib.reqPositionsAsync)
+        if self.is_open:
+            self.ib.client.cancelPositions()
+        return held
 
     def doubt(self) -> None:
         """Something was not answered in time: is TWS still there?"""
@@ -330,15 +372,23 @@ class TwsSession:
         """Refreshes the book with every open and completed order and today's executions; the
         orders TWS told of. TimedOut when one of them could not be read: the list is not complete
         then, and an order must not count as missing."""
-        ib = self.ib
+        if self._late:
+            raise TimedOut(f"{UNANSWERED} ({', '.join(sorted(self._late))})")
         unread = self._unread
         with self._listing() as listed:
-            await self.ask_named("openOrders", ib.reqAllOpenOrdersAsync)
-            await self.ask_named("completedOrders", lambda: ib.reqCompletedOrdersAsync(False))
-            await self.ask(ib.reqExecutionsAsync)
+            await self.ask_named("openOrders", self.ib.reqAllOpenOrdersAsync)
+            await self._completed(ASK_LIMIT)
+            await self._executions(ASK_LIMIT)
         if self._unread != unread and self._is_live:
             raise TimedOut("TWS listed an order that could not be read; the log has more")
         return list(listed)
+
+    async def _completed(self, seconds: float | None) -> None:
+        ib = self.ib
+        await self.ask_named("completedOrders", lambda: ib.reqCompletedOrdersAsync(False), seconds)
+
+    async def _executions(self, seconds: float | None) -> None:
+        await self.ask(self.ib.reqExecutionsAsync, seconds)
 
     @contextmanager
     def _listing(self) -> Iterator[dict[BookedOrder, None]]:

@@ -742,6 +742,51 @@ def test_a_deaf_tws(tws: Tws, tmp_path: Path) -> None:
         wait_for(lambda: trader.ping().body.get("pong"), "a pong")
 
 
+@pytest.mark.parametrize(
+    ("request_", "name"),
+    [("reqCompletedOrders", "completedOrders"), ("reqExecutions", "executions")],
+)
+def test_a_tws_that_never_ends_a_list_of_what_is_over(
+    tws: Tws, exchange: Exchange, tmp_path: Path, request_: str, name: str
+) -> None:
+    """ib_async#54, #82, ib_insync#224, #355, #638: everything works but lists of orders, and no
+    order counts as not placed."""
+    tws.unanswered.add(request_)
+    with desk(tws, tmp_path, timeout=2) as subject:
+        trader = connected(subject)
+        order_id = trader.placed(limit())
+        assert trader.order(order_id)["isCompleted"] is False
+        assert trader.cancel(order_id).ok
+        unknown = trader.state("1")
+        assert unknown.code == "TIMEOUT" and name in unknown["ex"]
+        exchange.fault("place", FaultKind.CUT)
+        assert trader.place(limit(), key="cut").code == "OUTCOME_UNKNOWN"
+        until(trader.cash)
+        assert trader.place(limit(), key="cut", timeout=2).code == "OUTCOME_UNKNOWN"
+        tws.unanswered.clear()
+        tws.cut()
+        until(lambda: trader.state("1"), "ORDER_NOT_FOUND")
+
+
+def test_the_request_that_was_not_answered_is_named(tws: Tws, tmp_path: Path) -> None:
+    tws.unanswered.add("reqAllOpenOrders")
+    with desk(tws, tmp_path, timeout=1) as subject:
+        down(subject.trader(), "(openOrders)")
+
+
+def test_a_short_deadline_costs_nobody_the_connection(
+    subject: Subject, tws: Tws, exchange: Exchange
+) -> None:
+    """The answer that comes late is not taken for the next one's."""
+    trader = subject.trader()
+    before = tws.connections
+    exchange.fault("positions", FaultKind.LATE, seconds=2)
+    assert trader.positions(timeout=1).code == "TIMEOUT"
+    exchange.positions = [ExchangePosition("US", "QQQ", "USD", Decimal(2400))]
+    assert [node["qty"] for node in trader.positions()["positions"]] == [2400]
+    assert tws.connections == before
+
+
 def test_silence_is_noticed_without_being_asked(
     tws: Tws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

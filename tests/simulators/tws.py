@@ -121,6 +121,7 @@ class Tws:
         self.base_currency = base_currency
         self.server_version = server_version
         # --- switches of the script ---
+        self.unanswered: set[str] = set()  # requests of which it says nothing
         self.deaf = False  # takes everything in, answers nothing
         self.linked = True  # the connection between TWS and IB's servers
         self.live_data = True  # the account may see live quotes
@@ -504,6 +505,8 @@ class _Connection(asyncio.Protocol):
         if self._too_fast():
             self.error(int(record.get("reqId", record.get("orderId", -1)) or -1), 100, RATE_TEXT)
             return
+        if record.get("request") in self.tws.unanswered:
+            return
         if fault is None:
             action()
         else:
@@ -583,7 +586,8 @@ class _Connection(asyncio.Protocol):
             case 99:
                 return self._completed_orders, {"request": "reqCompletedOrders"}
             case 7:
-                return lambda: self._executions(int(fields[1])), {"reqId": fields[1]}
+                record = {"reqId": fields[1], "request": "reqExecutions"}
+                return lambda: self._executions(int(fields[1])), record
             case 9:
                 contract = dict(zip(CONTRACT_FIELDS, fields[2:14], strict=False))
                 record = {"reqId": fields[1], **contract}
