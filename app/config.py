@@ -25,9 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
-import sqlalchemy
 from marshmallow import RAISE, Schema, ValidationError, fields, validate
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from httptrading.brokers.base import READS, BaseBroker, Window
 from httptrading.brokers.registry import broker_class
@@ -208,6 +206,9 @@ def _journal_problems(text: str | None) -> Iterator[str]:
     """Never with the URL or somebody else's words about it: it may hold a password."""
     if text is None:
         return
+    import sqlalchemy  # costs the start time of a service that has no need of it here
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
     try:
         url = sqlalchemy.make_url(text)
     except (ArgumentError, ValueError):
