@@ -47,7 +47,7 @@ NOT_ABOUT_FATE = frozenset(
     }
 )
 """Codes that say nothing about whether an order lives. Any other is a refusal when it comes before
-the order ever worked; 201 is one at any time."""
+the order ever worked, and is none when it works afterwards; 201 is one at any time."""
 
 # --- symbols and markets
 EXCHANGE_REGIONS = {
@@ -375,7 +375,8 @@ class OrderBook:
         if booked.status in FINAL and status not in FINAL:
             return  # a late repetition of an earlier state
         booked.status = status
-        booked.has_worked = booked.has_worked or status in WORKING
+        if status in WORKING:  # whatever was said before was no refusal, or one of a change
+            booked.has_worked, booked.is_rejected, booked.refusal = True, False, ""
 
 
 def is_refusal(code: int) -> bool:

@@ -147,10 +147,22 @@ def test_an_unknown_error_counts_only_with_a_dead_status() -> None:
     booked = book.open_order(wire_contract(), wire_order(), state("PendingSubmit"))
     book.error(3, 10311, "This order will be directly routed")
     assert not booked.order().is_completed
-    book.order_status(3, "Submitted", 0, 0, PERM_ID, 7)
-    assert not booked.order().is_completed
     book.order_status(3, "Cancelled", 0, 0, PERM_ID, 7)
     assert booked.order().error_reason == "This order will be directly routed"
+
+
+@pytest.mark.parametrize("code", [10311, 110, 201])
+@pytest.mark.parametrize("working_word", ["PreSubmitted", "Submitted"])
+def test_an_order_that_works_after_an_error_was_not_refused(code: int, working_word: str) -> None:
+    """Whoever cancels it later has cancelled it."""
+    book = OrderBook(7)
+    booked = book.open_order(wire_contract(), wire_order(), state("PendingSubmit"))
+    book.error(3, code, "words")
+    book.order_status(3, working_word, 0, 0, PERM_ID, 7)
+    assert not booked.order().is_completed
+    book.order_status(3, "Cancelled", 0, 0, PERM_ID, 7)
+    order = booked.order()
+    assert (order.is_canceled, order.error_reason) == (True, "")
 
 
 def test_a_late_repetition_does_not_revive() -> None:
@@ -232,10 +244,11 @@ def test_a_rejection_listed_as_completed() -> None:
 
 def test_the_perm_id_joins_what_was_said_before_it() -> None:
     book = OrderBook(7)
-    book.order_status(3, "PendingSubmit", 0, 0, 0, 7)
     assert book.own(3) is None
+    early = book.order_status(3, "PendingSubmit", 0, 0, 0, 7)
+    assert book.own(3) is early and not early.perm_id
     booked = book.open_order(wire_contract(), wire_order(), state("Submitted"))
-    assert book.own(3) is booked is book.get(PERM_ID)
+    assert book.own(3) is early is booked is book.get(PERM_ID)
 
 
 def test_a_report_says_what_was_asked_for() -> None:

@@ -335,6 +335,21 @@ def test_an_unknown_error_beside_a_working_order(trader: Trader, tws: Tws) -> No
     assert trader.order(order_id)["isCompleted"] is False
 
 
+def test_what_was_said_before_an_order_worked_does_not_end_it(trader: Trader, tws: Tws) -> None:
+    def remark(client: Any, order: ExchangeOrder) -> None:
+        with client.as_one():
+            client.say(order, "PendingSubmit")
+            client.error(order.wire["orderId"], 10999, "A remark about your order")
+            client.say(order, "Submitted")
+
+    tws.on_place = remark
+    order_id = trader.placed(limit())
+    assert trader.ping()["pong"] is True  # its answer came after those words
+    assert trader.cancel(order_id).ok
+    node = trader.wait_order(order_id, isCompleted=True)
+    assert (node["isCanceled"], node["errorReason"]) == (True, "")
+
+
 def test_a_later_rejection_is_kept_over_restarts(
     subject: Subject, trader: Trader, tws: Tws
 ) -> None:
