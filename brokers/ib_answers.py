@@ -5,10 +5,12 @@ Codes and tick types: interactivebrokers.github.io/tws-api/message_codes.html, t
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from httptrading.brokers.ib_book import exact
 from httptrading.errors import HttpTradingError, RateLimited, Rejected, Unsupported
@@ -90,6 +92,33 @@ class Ticks:
             low_price=self.prices.get("low", 0),
             time=time,
         )
+
+
+_EXECUTION_TIME = re.compile(r"(\d{8})(-| +)(\d\d:\d\d:\d\d)(?: (.+))?")
+
+
+def execution_time(text: str, zone: ZoneInfo | None) -> str:
+    """An execution's time in a spelling that the SDKs do not misread: seconds since 1970.
+
+    `20231214-20:57:37` is UTC (ib_insync#671, ib_async#230), which they take for this machine's
+    time; a name of a zone that is none (`CST`, `China Standard Time`) loses them the message. Such
+    a time, and one without a zone, is TWS's own: `zone`, None for this machine's.
+    """
+    found = _EXECUTION_TIME.fullmatch(text)
+    if found is None:
+        return text
+    day, between, clock, name = found.groups()
+    moment = datetime.strptime(day + clock, "%Y%m%d%H:%M:%S")
+    if between == "-" and name is None:
+        return str(int(moment.replace(tzinfo=UTC).timestamp()))
+    return str(int(moment.replace(tzinfo=_zone(name) or zone).timestamp()))
+
+
+def _zone(name: str | None) -> ZoneInfo | None:
+    try:
+        return ZoneInfo(name) if name else None
+    except (OSError, ValueError, ZoneInfoNotFoundError):
+        return None
 
 
 def refusal(code: int, text: str) -> HttpTradingError:

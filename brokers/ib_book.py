@@ -102,23 +102,31 @@ def to_contract(wire: Any) -> Contract | None:
     return Contract(TradeType.Securities, to_ticker(region, wire.symbol), region)
 
 
+def split_revision(execution_id: str) -> tuple[str, str]:
+    """`0000e0d5.65f1.01.02` is a correction of `0000e0d5.65f1.01.01`: its revision is the last part
+    (interactivebrokers.github.io/tws-api/executions_commissions.html)."""
+    execution, _, revision = execution_id.rpartition(".")
+    return (execution, revision) if execution else (execution_id, "")
+
+
 class Executions:
     """An order's executions. Their sums are kept: each of its messages asks for them, and a large
     order has many."""
 
     def __init__(self) -> None:
         self._fills: dict[str, Fill] = {}  # by the execution's id without its revision
+        self._revisions: dict[str, str] = {}
         self.shares = self.paid = Decimal(0)
 
-    def add(self, fill: Fill) -> None:
-        """A correction repeats an execution under a higher revision, the last part of its id."""
-        key = fill.fill_id.rpartition(".")[0] or fill.fill_id
+    def add(self, execution_id: str, fill: Fill) -> None:
+        """A correction repeats an execution under a higher revision."""
+        key, revision = split_revision(execution_id)
         before = self._fills.get(key)
         if before is not None:
-            if before.fill_id > fill.fill_id:
+            if self._revisions[key] > revision:
                 return
             self._count(before, -1)
-        self._fills[key] = fill
+        self._fills[key], self._revisions[key] = fill, revision
         self._count(fill, 1)
 
     def _count(self, fill: Fill, times: int) -> None:
@@ -338,13 +346,14 @@ class OrderBook:
             booked.contract, booked.direction = contract, SIDES.get(execution.side)
             booked.account, booked.mark = execution.acctNumber, execution.orderRef
         fill = Fill(
-            fill_id=execution.execId,
+            # Without the revision: whoever keeps fills by their id counts a correction once.
+            fill_id=split_revision(execution.execId)[0],
             order_id=str(booked.perm_id),
             qty=exact(execution.shares),
             price=exact(execution.price),
             time=_aware(execution.time),
         )
-        booked.executions.add(fill)
+        booked.executions.add(execution.execId, fill)
         return booked, fill
 
     def error(self, api_id: int, code: int, text: str) -> BookedOrder | None:

@@ -18,8 +18,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
+from zoneinfo import ZoneInfo
 
-from httptrading.brokers.ib_answers import Ticks, refusal
+from httptrading.brokers.ib_answers import Ticks, execution_time, refusal
 from httptrading.brokers.ib_book import BookedOrder, OrderBook, is_refusal
 from httptrading.errors import BrokerUnavailable, HttpTradingError, Rejected, TimedOut
 from httptrading.model import Fill, Order
@@ -46,7 +47,9 @@ and a cancellation may be waiting."""
 UNANSWERED = "TWS did not answer in time"
 HUNG_UP = "TWS closed the connection"
 
-ORDER_MESSAGES = (5, 11, 101)
+EXECUTION = 11
+EXECUTION_TIME = 15  # its field (decoder.py, execDetails)
+ORDER_MESSAGES = (5, EXECUTION, 101)
 """openOrder, execDetails, completedOrder: one that cannot be read is an order missing in a list."""
 
 HEARTBEAT = 20.0
@@ -78,13 +81,21 @@ class TwsSession:
     """From connecting to closing; never used twice. `account` is known once it is open."""
 
     def __init__(
-        self, host: str, port: int, client_id: int, timeout: float, account: str, ears: Ears
+        self,
+        host: str,
+        port: int,
+        client_id: int,
+        timeout: float,
+        account: str,
+        zone: ZoneInfo | None,
+        ears: Ears,
     ) -> None:
         self.client_id = client_id
         self.account = account
         self.book = OrderBook(client_id)
         self.sdk = load_sdk()
         self._host, self._port, self._timeout = host, port, timeout
+        self._zone = zone
         self._ears = ears
         self._changed = asyncio.Event()
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -158,6 +169,7 @@ class TwsSession:
         ):
             setattr(ib.wrapper, name, self._quote_ear(take, getattr(ib.wrapper, name)))
         handlers = ib.client.decoder.handlers
+        handlers[EXECUTION] = self._timed(handlers[EXECUTION])
         for number in ORDER_MESSAGES:
             handlers[number] = self._counted(handlers[number])
         ib.client.apiError += self._on_api_error
@@ -524,6 +536,15 @@ class TwsSession:
             return then(*arguments)
 
         return hear
+
+    def _timed(self, handler: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+        """Spells the time of an execution so that the SDK reads it right."""
+
+        def decode(fields: list[str]) -> None:
+            time = execution_time(fields[EXECUTION_TIME], self._zone)
+            handler([*fields[:EXECUTION_TIME], time, *fields[EXECUTION_TIME + 1 :]])
+
+        return decode
 
     def _counted(self, handler: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
         """Notes what the SDK cannot decode; it only logs it and goes on."""

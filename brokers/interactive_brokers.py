@@ -134,7 +134,13 @@ class InteractiveBrokers(BaseBroker):
             on_fill=self._on_fill,
         )
         self._tws = TwsSession(
-            self._host, self._port, self._client_id, self._timeout, self._account, ears
+            self._host,
+            self._port,
+            self._client_id,
+            self._timeout,
+            self._account,
+            self._zone,
+            ears,
         )
         await self._tws.open()
 

@@ -6,12 +6,13 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from types import SimpleNamespace
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from httptrading.brokers.ib_answers import Ticks, ledger, refusal
+from httptrading.brokers.ib_answers import Ticks, execution_time, ledger, refusal
 from httptrading.brokers.ib_book import (
     BookedOrder,
     Executions,
@@ -194,6 +195,7 @@ def test_executions_may_come_before_their_order_and_be_corrected() -> None:
     assert early is booked
     assert (order.qty, order.filled_qty, order.avg_price) == (10, 6, Decimal("12.2"))
     [fill] = book.fills(PERM_ID)
+    assert fill.fill_id == "0000e0d5.00000001.01"  # the same, corrected or not
     assert (fill.qty, fill.price, fill.order_id) == (6, Decimal("12.2"), str(PERM_ID))
 
 
@@ -344,6 +346,26 @@ def test_floats_are_read_exactly(number: Decimal) -> None:
     assert exact(float(number)) == number
 
 
+@pytest.mark.parametrize(
+    ("text", "moment"),
+    [
+        ("20231214-20:57:37", "2023-12-14T20:57:37+00:00"),  # UTC, whatever the machine's zone
+        ("20231214 20:57:37 US/Eastern", "2023-12-14T20:57:37-05:00"),
+        ("20231214  20:57:37", "2023-12-14T20:57:37+08:00"),
+        ("20231214 20:57:37", "2023-12-14T20:57:37+08:00"),
+        ("20231214 20:57:37 CST", "2023-12-14T20:57:37+08:00"),
+        ("20231214 20:57:37 China Standard Time", "2023-12-14T20:57:37+08:00"),
+    ],
+)
+def test_times_of_executions(text: str, moment: str) -> None:
+    seconds = execution_time(text, ZoneInfo("Asia/Shanghai"))
+    assert int(seconds) == datetime.fromisoformat(moment).timestamp()
+
+
+def test_a_time_in_another_spelling_is_left_to_the_sdk() -> None:
+    assert execution_time("1702587457", None) == "1702587457"
+
+
 def test_ledger_in_both_spellings() -> None:
     rows = [
         SimpleNamespace(account="U1", tag="CashBalance", value="10.50", currency="USD"),
@@ -415,7 +437,8 @@ def test_sums_of_executions(told: list[tuple[int, int, int]]) -> None:
     now = datetime.now(UTC)
     for number, revision, qty in told:
         executions.add(
-            Fill(f"x.{number}.0{revision}", "1", Decimal(qty), Decimal("0.1") * revision, now)
+            f"x.{number}.0{revision}",
+            Fill(f"x.{number}", "1", Decimal(qty), Decimal("0.1") * revision, now),
         )
         if revision >= newest.get(number, (0, 0))[0]:
             newest[number] = revision, qty

@@ -567,6 +567,26 @@ def test_completed_before_the_gateway_came(tws: Tws, exchange: Exchange, tmp_pat
         ]
 
 
+@pytest.mark.parametrize(
+    "spelling",
+    ["%Y%m%d-%H:%M:%S", "%Y%m%d %H:%M:%S No Such Zone", "%Y%m%d  %H:%M:%S"],
+    ids=["dash", "unknown zone", "no zone"],
+)
+def test_a_fill_whose_time_is_spelt_otherwise(
+    tws: Tws, exchange: Exchange, tmp_path: Path, spelling: str
+) -> None:
+    """ib_insync#671, ib_async#230."""
+    tws.execution_time = spelling
+    with desk(tws, tmp_path, timezone="UTC") as subject:
+        trader = connected(subject)
+        order_id = trader.placed(limit())
+        exchange.fill(order_id, 5, "12.30")
+        trader.wait_order(order_id, filledQty=5)
+        [made] = exchange.orders[order_id].fills
+        [fill] = trader.fills(order_id)["fills"]
+        assert abs(fill["timestamp"] / 1000 - made.epoch) < 2
+
+
 # --- the account --------------------------------------------------------------------------------
 def test_cash_whatever_the_base_currency(exchange: Exchange, tmp_path: Path) -> None:
     exchange.cash = {"USD": Decimal("-12.5"), "HKD": Decimal("1000.5"), "CNH": Decimal("88")}

@@ -132,6 +132,7 @@ class Tws:
         self.ledger_prefix = ""  # "$LEDGER-" in newer TWS
         self.garbled = False  # openOrder comes without its last field
         self.order_messages: list[tuple[int, str]] = []  # sent with every accepted order
+        self.execution_time = "%Y%m%d %H:%M:%S UTC"  # of a moment in UTC
         self.unnumbered: set[str] = set()  # orders of which TWS says the permId 0
         self.tells_completed = False  # completedOrder without being asked, as some TWS do
         self.only_executions = False  # all that is told of orders, in lists as well
@@ -876,7 +877,7 @@ class _Connection(asyncio.Protocol):
         before = order.fills[: order.fills.index(fill) + 1]
         shares = sum((each.qty for each in before), Decimal(0))
         average = sum((each.qty * each.price for each in before), Decimal(0)) / shares
-        moment = datetime.fromtimestamp(fill.epoch, UTC).strftime("%Y%m%d %H:%M:%S UTC")
+        moment = datetime.fromtimestamp(fill.epoch, UTC).strftime(self.tws.execution_time)
         self.send(
             *(11, request_id, order.wire["orderId"], *self._contract(order), fill.fill_id, moment),
             *(order.account, "ISLAND", "BOT" if order.direction == "BUY" else "SLD", fill.qty),
