@@ -8,6 +8,7 @@ from typing import Any
 from flask import Blueprint, Flask
 
 from httptrading.app import create_app, hooks
+from httptrading.app.config import address
 from httptrading.brokers.base import BaseBroker
 from httptrading.brokers.settings import InstanceSettings
 
@@ -50,7 +51,7 @@ def run(
         def load_config(self) -> None:
             # gunicorn.conf.py says what each of these is for.
             settings = {
-                "bind": f"{host}:{port}",
+                "bind": address(host, port),
                 "proc_name": "httptrading",
                 "workers": 1,
                 "worker_class": hooks.WORKER_CLASS,
