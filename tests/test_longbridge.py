@@ -436,6 +436,7 @@ class TestNonsense:
             return data | {"orders": [row | {"quantity": "--"} for row in data["orders"]]}
 
         server.answers["orders"] = spoilt
+        server.deaf_kinds.add("trade")  # no push tells of it
         exchange.fault("place", FaultKind.ACCEPT_THEN_CUT)
         assert trader.place(ORDER, key="lost").code == "OUTCOME_UNKNOWN"
         wait_for(lambda: trader.place(ORDER, key="lost").replayed, "the order to be found")
