@@ -225,7 +225,7 @@ class TwsSession:
         await self.ask_named("openOrders", ib.reqAllOpenOrdersAsync, deadline - now())
         over = {
             self._start(self._completed(None)): "completedOrders",
-            self._start(self._executions(None)): "executions",
+            self._start(self._executions_at_last()): "executions",
         }
         answered, late = await asyncio.wait(
             over, timeout=deadline - now(), return_when=asyncio.FIRST_EXCEPTION
@@ -237,7 +237,12 @@ class TwsSession:
         for task in late:
             log.warning("TWS has not answered %s: orders cannot be listed before", over[task])
             self._late.add(over[task])
-            task.add_done_callback(lambda task: self._late.discard(over[task]))
+            task.add_done_callback(lambda task: self._arrived(over[task], task))
+
+    def _arrived(self, name: str, task: asyncio.Task[None]) -> None:
+        self._late.discard(name)
+        if not task.cancelled():
+            task.exception()  # noted: the next list meets the same
 
     async def close(self) -> None:
         self._is_live = False
@@ -342,14 +347,13 @@ class TwsSession:
     async def ask(
         self,
         request: Callable[[], Awaitable[_Answer]],
-        seconds: float | None = ASK_LIMIT,
         *,
         absent: int = 0,
     ) -> _Answer | None:
         """A request with an id of its own; None for the error that means "there is none"."""
         self.client()
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(ASK_LIMIT):
                 return await request()
         except asyncio.CancelledError:
             self.doubt()
@@ -390,7 +394,7 @@ class TwsSession:
         with self._listing() as listed:
             await self.ask_named("openOrders", self.ib.reqAllOpenOrdersAsync)
             await self._completed(ASK_LIMIT)
-            await self._executions(ASK_LIMIT)
+            await self._executions()
         if self._unread != unread and self._is_live:
             raise TimedOut("TWS listed an order that could not be read; the log has more")
         return list(listed)
@@ -399,8 +403,14 @@ class TwsSession:
         ib = self.ib
         await self.ask_named("completedOrders", lambda: ib.reqCompletedOrdersAsync(False), seconds)
 
-    async def _executions(self, seconds: float | None) -> None:
-        await self.ask(self.ib.reqExecutionsAsync, seconds)
+    async def _executions(self) -> None:
+        await self.ask(self.ib.reqExecutionsAsync)
+
+    async def _executions_at_last(self) -> None:
+        """Asks until there is an answer: each request has an id, so no answer is mistaken."""
+        while True:
+            with suppress(TimedOut):
+                return await self._executions()
 
     @contextmanager
     def _listing(self) -> Iterator[dict[BookedOrder, None]]:
