@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -29,8 +29,16 @@ TIME_TICKS = {45, 88}
 HALTED_TICKS = {49, 90}
 LIVE_OR_FROZEN = (1, 2)
 
+PARTLY_UNSUBSCRIBED = {10089, 10090, 10091}
+"""Ticks may follow all the same: "Part of requested market data is not subscribed …"."""
+
 NO_DATA_PERMISSION = {354, 10089, 10090, 10091, 10168, 10186}
 MESSAGE_RATE = 100
+ABOUT_A_REQUEST = {MESSAGE_RATE, *range(320, 324)}
+"""Errors that, without a request's id, are about one that has none: validation (the Read-Only API
+refuses to list orders with 321), reading, processing. Others are news (10197, 10225 …)."""
+
+NOT_CONNECTED = 504
 CANCEL_REFUSED = {161, 10147, 10148}
 NO_SUCH_CONTRACT = 200
 
@@ -49,6 +57,7 @@ class Ticks:
     is_halted: bool | None = None
     is_ended: bool = False
     error: tuple[int, str] | None = None
+    advice: tuple[int, str] | None = None  # an error after which ticks may follow
 
     def price(self, tick: int, price: float, _size: float = 0.0) -> None:
         """-1 and 0 mean that there is none; ticks of bids, asks and other things are left out."""
@@ -133,13 +142,27 @@ def refusal(code: int, text: str) -> HttpTradingError:
     return Rejected(f"{text} (IB error {code})")
 
 
-def ledger(values: Any, account: str) -> dict[str, Decimal]:
-    """Currency → cash balance, from the answer to $LEDGER:ALL. Newer TWS (10.47) puts `$LEDGER-`
-    before the names; the rows in BASE are totals in the base currency."""
+def ledger(values: Any, account: str) -> dict[str, str]:
+    """Currency → cash balance as TWS writes it, from the answer to $LEDGER:ALL. Newer TWS (10.47)
+    puts `$LEDGER-` before the names; the row in BASE is the total in the base currency."""
     return {
-        value.currency: Decimal(value.value)
+        value.currency: value.value
         for value in values
-        if value.account == account
-        and value.tag.removeprefix("$LEDGER-") == "CashBalance"
-        and value.currency != "BASE"
+        if value.account == account and value.tag.removeprefix("$LEDGER-") == "CashBalance"
     }
+
+
+def balance(currency: str, balances: dict[str, str]) -> Decimal:
+    """0 in a currency that is not in the ledger; Rejected where TWS does not say the amount."""
+    if set(balances) == {"BASE"}:
+        raise Rejected(
+            f"TWS tells only the account's total of {balances['BASE']} in its base currency"
+        )
+    text = balances.get(currency, "0")
+    try:
+        amount = Decimal(text)
+    except InvalidOperation:
+        amount = Decimal("NaN")
+    if not amount.is_finite():
+        raise Rejected(f"TWS tells no amount of {currency}, but {text!r}")
+    return amount

@@ -43,7 +43,7 @@ NOT_ABOUT_FATE = frozenset(
         *(10147, 10148, 161),  # about a request to cancel
         10167,  # delayed data
         10349,  # "TIF was set to DAY based on order preset": the order works
-        *range(2100, 2170),
+        *range(2100, 2200),  # warnings
     }
 )
 """Codes that say nothing about whether an order lives. Any other is a refusal when it comes before
@@ -370,7 +370,7 @@ class OrderBook:
     def _blame(booked: BookedOrder, code: int, text: str) -> None:
         if code == REJECTED or is_refusal(code) and not booked.has_worked:
             booked.refusal, booked.is_rejected = text, code == REJECTED
-        elif code != CANCEL_CONFIRMED:
+        else:
             booked.note = text
 
     @staticmethod

@@ -20,7 +20,14 @@ from datetime import datetime
 from typing import Any, TypeVar
 from zoneinfo import ZoneInfo
 
-from httptrading.brokers.ib_answers import Ticks, execution_time, refusal
+from httptrading.brokers.ib_answers import (
+    ABOUT_A_REQUEST,
+    NOT_CONNECTED,
+    PARTLY_UNSUBSCRIBED,
+    Ticks,
+    execution_time,
+    refusal,
+)
 from httptrading.brokers.ib_book import BookedOrder, OrderBook, is_refusal
 from httptrading.errors import BrokerUnavailable, HttpTradingError, Rejected, TimedOut
 from httptrading.model import Fill, Order
@@ -477,7 +484,9 @@ class TwsSession:
         elif code == PORT_CHANGED:
             self._lost_by = text
         elif request_id in self._quotes:
-            if is_refusal(code):
+            if code in PARTLY_UNSUBSCRIBED:
+                self._quotes[request_id].advice = (code, text)
+            elif is_refusal(code):
                 self._quotes[request_id].error = (code, text)
         elif request_id > 0 and not self._is_request(request_id):
             if request_id in self._heard:
@@ -485,9 +494,10 @@ class TwsSession:
             booked = self.book.error(request_id, code, text)
             if booked is not None:
                 self._tell(booked)
-        elif request_id <= 0 and is_refusal(code):
-            # Without a request id it can only be about a request that has none.
+        elif request_id <= 0 and code in ABOUT_A_REQUEST:
             self._fail_named(refusal(code, text))
+        elif request_id <= 0 and code == NOT_CONNECTED:
+            self._fail_named(BrokerUnavailable(f"{text} (IB error {code})"))
         self._changed.set()
 
     def _is_request(self, number: int) -> bool:

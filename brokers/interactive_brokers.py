@@ -23,6 +23,7 @@ from httptrading.brokers.ib_answers import (
     NO_SUCH_CONTRACT,
     SURELY_REFUSED,
     Ticks,
+    balance,
     ledger,
     refusal,
 )
@@ -85,6 +86,7 @@ CURRENCY_NAMES = {"CNY": ("CNY", "CNH")}
 # Seconds.
 QUOTE_LIMIT = 5.0
 HALTED_GRACE = 0.25  # for the halted tick once all prices are there
+ADVICE_GRACE = 1.0  # for the next word after "part of it is not subscribed"
 DOUBT_GRACE = 0.5  # for an order's status after an error that may be a refusal
 CONNECT_LIMIT = 14.0  # below the worker's own limit, so that the sentence about it is ours
 
@@ -406,10 +408,9 @@ class InteractiveBrokers(BaseBroker):
         balances = ledger(wrapper.acctSummary.values(), tws.account)
         if not balances:
             raise TimedOut("TWS has not loaded the account's cash ledger yet")
-        for name in CURRENCY_NAMES.get(currency, (currency,)):
-            if name in balances:
-                return Cash(name, balances[name])
-        return Cash(currency, 0)
+        names = CURRENCY_NAMES.get(currency, (currency,))
+        name = next((name for name in names if name in balances), currency)
+        return Cash(name, balance(name, balances))
 
     # --- the market ---------------------------------------------------------------------------
     async def ping(self) -> bool:
@@ -423,8 +424,9 @@ class InteractiveBrokers(BaseBroker):
         with tws.receiving(request_id) as ticks:
             tws.client().reqMktData(request_id, wire, "", True, False, [])
             await self._receive(tws, ticks)
-        if ticks.error:
-            raise refusal(*ticks.error)
+        refused = ticks.error or (None if ticks.prices else ticks.advice)
+        if refused:
+            raise refusal(*refused)
         if not ticks.is_ended and not ticks.prices:
             raise TimedOut(f"IB sent no quote of {contract.ticker} within {QUOTE_LIMIT:g} s")
         return ticks.quote(contract, found.currency, datetime.now(UTC))
@@ -440,6 +442,8 @@ class InteractiveBrokers(BaseBroker):
                 if ticks.is_halted is not None:
                     return
                 end = min(end, loop.time() + HALTED_GRACE)
+            elif ticks.advice and not ticks.prices:
+                end = min(end, loop.time() + ADVICE_GRACE)
             if not await tws.change(max(0.0, end - loop.time())):
                 return
 

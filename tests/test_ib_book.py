@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from httptrading.brokers.ib_answers import Ticks, execution_time, ledger, refusal
+from httptrading.brokers.ib_answers import Ticks, balance, execution_time, ledger, refusal
 from httptrading.brokers.ib_book import (
     BookedOrder,
     Executions,
@@ -108,7 +108,7 @@ def test_status_words(status: str, canceled: bool, pending: bool, completed: boo
     assert order.error_reason == ""
 
 
-@pytest.mark.parametrize("code", [10349, 399, 404, 2104, 2109, 10148, 10147, 161, 202, 1100])
+@pytest.mark.parametrize("code", [10349, 399, 404, 2104, 2109, 2176, 10148, 10147, 161, 202, 1100])
 def test_an_error_that_is_none_leaves_the_order_working(code: int) -> None:
     book, booked = working()
     book.error(3, code, "alarming words")
@@ -374,7 +374,18 @@ def test_ledger_in_both_spellings() -> None:
         SimpleNamespace(account="U2", tag="CashBalance", value="7", currency="EUR"),
         SimpleNamespace(account="U1", tag="ExchangeRate", value="1.0", currency="CHF"),
     ]
-    assert ledger(rows, "U1") == {"USD": Decimal("10.50"), "HKD": -3}
+    assert ledger(rows, "U1") == {"USD": "10.50", "HKD": "-3", "BASE": "99"}
+
+
+def test_balances() -> None:
+    known = {"USD": "10.50", "HKD": "", "EUR": "1,234.50", "CHF": "NaN", "BASE": "99"}
+    assert balance("USD", known) == Decimal("10.50")
+    assert balance("JPY", known) == 0
+    for currency in ("HKD", "EUR", "CHF"):
+        with pytest.raises(Rejected, match=f"no amount of {currency}"):
+            balance(currency, known)
+    with pytest.raises(Rejected, match="total of 99"):
+        balance("USD", {"BASE": "99"})
 
 
 @pytest.mark.parametrize(

@@ -655,6 +655,37 @@ def test_quotes_live_delayed_and_refused(trader: Trader, tws: Tws, exchange: Exc
     assert trader.quote("US", "AAPL").code == "BROKER_REJECTED"
 
 
+@pytest.mark.parametrize("code", [10089, 10090, 10091, 2176])
+def test_ticks_that_follow_advice(trader: Trader, tws: Tws, exchange: Exchange, code: int) -> None:
+    exchange.quote("US", "AAPL", latest=Decimal("201.25"))
+    tws.quote_advice = (code, "Part of requested market data is not subscribed.")
+    assert trader.quote("US", "AAPL")["quote"]["latest"] == Decimal("201.25")
+
+
+def test_advice_that_no_ticks_follow(trader: Trader, exchange: Exchange) -> None:
+    exchange.fault("quote", FaultKind.REFUSE, text="10089 Requires additional subscription.")
+    answer = trader.quote("US", "AAPL")
+    assert answer.code == "UNSUPPORTED" and "additional subscription" in answer["ex"]
+
+
+@pytest.mark.parametrize("code", [10197, 10225, 2188])
+def test_news_do_not_fail_the_request_that_is_running(
+    trader: Trader, tws: Tws, exchange: Exchange, code: int
+) -> None:
+    exchange.fault("positions", FaultKind.LATE, seconds=1)
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(trader.positions)
+        exchange.wait_for(lambda: exchange.received("positions"))
+        tws.say(code, "news about something else")
+        assert answer.result().ok
+
+
+def test_tws_that_is_not_connected(trader: Trader, exchange: Exchange) -> None:
+    exchange.fault("positions", FaultKind.REFUSE, text="504 Not connected")
+    answer = trader.positions()
+    assert answer.code == "BROKER_UNAVAILABLE" and "Not connected" in answer["ex"]
+
+
 def test_a_snapshot_need_not_end(
     trader: Trader, tws: Tws, exchange: Exchange, monkeypatch: pytest.MonkeyPatch
 ) -> None:

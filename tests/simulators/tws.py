@@ -126,6 +126,7 @@ class Tws:
         self.linked = True  # the connection between TWS and IB's servers
         self.live_data = True  # the account may see live quotes
         self.delayed_data = True  # … delayed ones
+        self.quote_advice: tuple[int, str] | None = None  # before the quote (10090 …)
         self.quote_error: tuple[int, str] | None = None  # instead of any quote (10197 …)
         self.snapshot_ends = True  # tickSnapshotEnd is sent (it may take 11 s at the real one)
         self.halted: set[tuple[str, str]] = set()
@@ -976,6 +977,8 @@ class _Connection(asyncio.Protocol):
 
     def _quote(self, request_id: int, contract: dict[str, str]) -> None:
         found = self.tws.find_listings(contract)
+        if self.tws.quote_advice is not None:
+            self.error(request_id, *self.tws.quote_advice)
         if not found:
             self.error(request_id, 200, UNKNOWN_CONTRACT)
         elif self.tws.quote_error is not None:
