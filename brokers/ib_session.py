@@ -1,8 +1,8 @@
 """One connection to TWS: the SDK, what is asked through it, and what TWS says unasked.
 
 A new SDK object is made for every connection, and the connection counts as open only when every
-order is known, so that nothing is answered from a state that is not there yet. The SDK is used for
-the socket, the coding of messages and request ids.
+open order is known; as long as lists of what is over are missing, none is answered. The SDK is used
+for the socket, the coding of messages and request ids.
 """
 
 from __future__ import annotations
