@@ -8,7 +8,7 @@ and reasons as TWS sent them. It knows no SDK: its arguments are the SDK's objec
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
@@ -267,7 +267,9 @@ class OrderBook:
 
     def fills(self, perm_id: int) -> list[Fill]:
         booked = self._by_perm.get(perm_id)
-        return [] if booked is None else booked.executions.in_order()
+        made = [] if booked is None else booked.executions.in_order()
+        # An execution may have come before the permId.
+        return [replace(fill, order_id=str(perm_id)) for fill in made]
 
     def sending(self, api_id: int, mark: str) -> None:
         """What was said under this id so far was about another order: TWS numbers anew after

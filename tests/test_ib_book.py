@@ -229,6 +229,17 @@ def test_an_execution_of_an_order_with_the_same_api_id() -> None:
     assert book.own(4) is quick and quick.perm_id == 6
 
 
+def test_an_execution_that_comes_before_the_permanent_id() -> None:
+    book = OrderBook(7)
+    book.sending(3, "mark")
+    told = execution(1, 6, 12.3)
+    told.permId = 0
+    early, _ = book.execution(wire_contract(), told)
+    assert early.order().order_id == "" and book.own(3) is early
+    assert book.open_order(wire_contract(), wire_order(), state("Submitted")) is early
+    assert [fill.order_id for fill in book.fills(PERM_ID)] == [str(PERM_ID)]
+
+
 def test_partly_filled_and_cancelled() -> None:
     book, booked = working()
     book.order_status(3, "Cancelled", 4, 12.25, PERM_ID, 7)
