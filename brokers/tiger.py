@@ -118,8 +118,8 @@ class Tiger(BaseBroker):
     windows = {
         "high": Window(120, 61.0, kept=10),
         "medium": Window(60, 61.0),
-        "low": Window(8, 61.0),
-        "grab": Window(2, 61.0),
+        "low": Window(9, 61.0),
+        "grab": Window(1, 61.0),
     }
     costs = {
         "place_order": ("high",),
@@ -133,7 +133,7 @@ class Tiger(BaseBroker):
         "fills": ("medium",),
         "market_status": ("low",),
     }
-    ages = {"market_status": 8.0, "ping": 4.0, "cash": 4.0, "positions": 4.0}
+    ages = {"market_status": 7.0, "ping": 4.0, "cash": 4.0, "positions": 4.0}
     quote_regions: ClassVar[frozenset[str] | None] = frozenset({"US", "HK"})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
