@@ -373,7 +373,7 @@ def test_an_order_filled_while_the_gateway_was_down_for_days_is_found(
         answer = pool.submit(trader.place, ORDER, key="friday")
         exchange.wait_for(lambda: exchange.orders)
         opend.logged_in = False  # nor is the order found before the end
-        trader.client.application.extensions["httptrading"].close()
+        opend.cut()
         assert answer.result().code == "OUTCOME_UNKNOWN"
     (order,) = exchange.orders.values()
     order.epoch -= 3 * 86400
