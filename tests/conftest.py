@@ -1,4 +1,4 @@
-"""Options of the long-running tests, what holds for all property tests, and the count of tables."""
+"""Options of the long-running tests, what holds for all tests, and the count of tables."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from httptrading.brokers import limits
 
 # A machine that is busy, or stands still, is no failure; and what passed once passes again, so that
 # nobody's change is refused for another's defect. New examples: --hypothesis-profile exploring.
@@ -19,6 +21,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--orders", type=int, default=200, help="orders of the kill test")
     parser.addoption("--minutes", type=float, default=1.0, help="length of the soak")
     parser.addoption("--seed", type=int, default=0, help="repeats a run's random choices")
+
+
+@pytest.fixture(autouse=True)
+def own_windows() -> None:
+    """A simulator may get the port of one of an earlier test: then it is the same account to us,
+    whose slots are used up."""
+    limits._accounts.clear()
 
 
 @pytest.fixture
