@@ -52,8 +52,8 @@ class Connection(TConn):  # type: ignore[misc]
 
     def __init__(self, *arguments: Any, is_crowded: Callable[[], bool]) -> None:
         super().__init__(*arguments)
-        self.began = time.monotonic()  # a thread was taken for the current request
         self._is_crowded = is_crowded
+        self.expect()
 
     def init(self) -> None:
         if self.initialized:
@@ -62,10 +62,14 @@ class Connection(TConn):  # type: ignore[misc]
         if not self.is_http2:
             self.parser.unreader = Unreader(self)
 
+    def expect(self, seconds: float = SILENCE) -> None:
+        """From now on, what comes may take so long."""
+        self._began, self._seconds = time.monotonic(), seconds
+
     def left(self) -> float:
-        """The seconds that the current request may still take to come in."""
-        allowed = HASTE if self._is_crowded() else SILENCE
-        return self.began + allowed - time.monotonic()
+        """The seconds that it may still take."""
+        allowed = min(HASTE, self._seconds) if self._is_crowded() else self._seconds
+        return self._began + allowed - time.monotonic()
 
 
 class Unreader(SocketUnreader):  # type: ignore[misc]
@@ -151,13 +155,13 @@ class Worker(ThreadWorker):  # type: ignore[misc]
                 self._jobs -= 1
 
     def _handle_one(self, conn: Any) -> Any:
-        conn.began = time.monotonic()
+        conn.expect()
         return super().handle(conn)
 
     def _keepalive_after(self, conn: Any, keepalive: bool) -> bool:
         """A body that is not there is not waited for; the connection ends instead."""
-        end = time.monotonic() + LEFTOVER
-        return bool(keepalive and conn.parser.finish_body(deadline=end))
+        conn.expect(LEFTOVER)
+        return bool(keepalive and conn.parser.finish_body(deadline=time.monotonic() + LEFTOVER))
 
     def _is_crowded(self) -> bool:
         return self._jobs > int(self.cfg.threads)

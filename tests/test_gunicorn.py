@@ -263,10 +263,10 @@ def test_a_request_that_drips_in_holds_nobody_up(service: Service) -> None:
 
 
 def test_a_body_that_never_comes_is_not_waited_for(service: Service) -> None:
-    """gunicorn waits 5 s for each of them, after its answer: 100 s in all with two threads."""
+    """gunicorn waits 5 s for each of them, after its answer: 75 s in all with two threads."""
     request = b"POST /httptrading/api/nobody/order/place HTTP/1.1\r\nHost: x\r\n"
     with service.running("--threads", "2"), contextlib.ExitStack() as stack:
-        for _ in range(40):
+        for _ in range(30):
             client = stack.enter_context(service.connect())
             client.sendall(request + b"Content-Length: 100\r\n\r\n")
         assert service.get("healthz") == {"status": "ok"}
