@@ -52,7 +52,8 @@ LOOK_UP = 10
 """Open orders missing from the listing after a reconnect that are asked for one by one."""
 
 CLOCKS_DIFFER = timedelta(minutes=5)
-"""How far the broker's clock may be behind ours; an order from before cannot be one of ours."""
+"""How far the broker's clock may be from ours: for orders from before ours, and for how far back
+its lists reach."""
 
 POLL = 0.25
 """Seconds between two looks into the journal while somebody waits for a row."""

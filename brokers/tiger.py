@@ -66,9 +66,8 @@ class UsedNumbers:
     def __init__(self, most: int = MOST_NUMBERS) -> None:
         self._most = most
         self._lock = threading.Lock()
-        self._used: dict[
-            tuple[str, str, str], None
-        ] = {}  # (tiger_id, account, number), oldest first
+        # (tiger_id, account, number), oldest first
+        self._used: dict[tuple[str, str, str], None] = {}
 
     def claim(self, number: tuple[str, str, str]) -> bool:
         """Whether it is used for the first time."""

@@ -69,9 +69,9 @@ MARKET_STATES = {
     "MARKET_CLOSED": UnifiedStatus.CLOSED,
 }
 
-# Tiger holds yuan offshore and knows no CNY (common/consts/__init__.py:78).
 UNTRADABLE = ("HALTED", "DELIST")  # a quote's status; NEW and ALTER trade (quote_client.py:386)
 
+# Tiger holds yuan offshore and knows no CNY (common/consts/__init__.py:78).
 TO_CURRENCY = {"CNY": "CNH"}
 REGION_OF_MARKET = {
     **{region: region for region in CURRENCIES},
