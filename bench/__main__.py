@@ -25,7 +25,7 @@ from typing import Any, cast
 import psutil
 
 from bench import journal
-from bench.load import Connection, p50, p99, paced, prepare, together
+from bench.load import Connection, in_turn, p50, p99, paced, prepare, timed, together
 from bench.peers import FILLED_SLOWLY, FILLS_PER_SECOND, directly, simulators
 from httptrading.brokers.base import BaseBroker
 from httptrading.brokers.registry import broker_class
@@ -146,33 +146,63 @@ def wait_connected(running: Service, instance: Mapping[str, Any]) -> None:
 
 # --- the sections --------------------------------------------------------------------------------
 def latency(fleet: list[Mapping[str, Any]]) -> Iterator[Row]:
-    """The gateway's share of each call at 20 requests a second."""
-    with skeleton() as port:
-        connection = Connection(port)
-        bare = prepare("GET", "/ping")
-        took = paced(lambda number: connection.ask(bare), PER_SECOND, SECONDS * 2)
-        connection.close()
-        own50, own99 = p50(took), p99(took)
-    yield Row("skeleton, 20 requests/s", f"p50 {ms(own50)}, p99 {ms(own99)}")
+    """The gateway's share of each call at 20 requests a second: skeleton, SDK and gateway in turn,
+    so that a machine that slows down meanwhile slows all three."""
     took = paced_commits()
     yield Row(
         "an order's two records, sqlite3 alone, 20/s", f"p50 {ms(p50(took))}, p99 {ms(p99(took))}"
     )
-    for instance in fleet:
-        direct = directly(instance, "latencies", per_second=PER_SECOND, seconds=SECONDS)
-        ours = through_gateway(instance)
-        process = kind_of(instance).isolation == "process"
-        bound = 2.5 if process else 1.5
-        for name, took in ours.items():
-            half = (p50(took) - p50(direct[name])) / own50
-            most = (p99(took) - p99(direct[name])) / own99
+    with skeleton() as port:
+        for instance in fleet:
+            yield from shares(instance, port)
+
+
+def shares(instance: Mapping[str, Any], skeleton_port: int) -> Iterator[Row]:
+    process = kind_of(instance).isolation == "process"
+    bound = 2.5 if process else 1.5
+    with service([unlimited(instance)]) as running, directly(instance) as sdk:
+        wait_connected(running, instance)
+        connection, bare = Connection(running.port), Connection(skeleton_port)
+        plain = prepare("GET", "/ping")
+        for name, requests in calls_of(instance, connection).items():
+            own, direct, ours = in_turn(
+                [
+                    timed(lambda number: bare.ask(plain)),
+                    lambda number, n=name: sdk("one", n, number),
+                    timed(lambda number, r=requests: connection.ask(next(r))),
+                ],
+                PER_SECOND,
+                SECONDS * 2,
+            )
+            half = (p50(ours) - p50(direct)) / p50(own)
+            most = (p99(ours) - p99(direct)) / p99(own)
             yield Row(
                 f"{instance['broker']} {name}" + (" (process)" if process else ""),
-                f"p50 {ms(p50(took))}, p99 {ms(p99(took))}",
-                f"directly p50 {ms(p50(direct[name]))}, p99 {ms(p99(direct[name]))}",
+                f"p50 {ms(p50(ours))}, p99 {ms(p99(ours))}; "
+                f"skeleton {ms(p50(own))}, {ms(p99(own))}",
+                f"directly p50 {ms(p50(direct))}, p99 {ms(p99(direct))}",
                 f"overhead / skeleton: p50 {half:.2f} (≤ {bound}), p99 {most:.2f} (≤ 2)",
                 half <= bound and most <= 2,
             )
+        connection.close()
+        bare.close()
+
+
+def calls_of(instance: Mapping[str, Any], connection: Connection) -> dict[str, Iterator[bytes]]:
+    """Operation → its requests, without end."""
+    status, found = connection.ask(request_of(instance, "POST", "order/place", order(0, "first")))
+    assert status == 200, found
+    order_id = json.loads(found)["orderId"]
+    requests: dict[str, Iterator[bytes]] = {}
+    for name, route in ROUTES.items():
+        request = request_of(instance, "GET", route.format(order_id=order_id))
+        assert connection.ask(request)[0] == 200, (instance["broker"], name)
+        requests[name] = itertools.repeat(request)
+    requests["place_order"] = (
+        request_of(instance, "POST", "order/place", order(number, "paced"))
+        for number in itertools.count()
+    )
+    return requests
 
 
 def paced_commits() -> list[float]:
@@ -194,39 +224,14 @@ def paced_commits() -> list[float]:
         return took
 
 
-def through_gateway(instance: Mapping[str, Any]) -> dict[str, list[float]]:
-    with service([unlimited(instance)]) as running:
-        wait_connected(running, instance)
-        time.sleep(1.0)
-        connection = Connection(running.port)
-        status, found = connection.ask(
-            request_of(instance, "POST", "order/place", order(0, "first"))
-        )
-        assert status == 200, found
-        order_id = json.loads(found)["orderId"]
-        took = {}
-        for name, route in ROUTES.items():
-            request = request_of(instance, "GET", route.format(order_id=order_id))
-            assert connection.ask(request)[0] == 200, (instance["broker"], name)
-            took[name] = paced(lambda number, r=request: connection.ask(r), PER_SECOND, SECONDS)
-        orders = [
-            request_of(instance, "POST", "order/place", order(number, "paced"))
-            for number in range(int(PER_SECOND * SECONDS))
-        ]
-        took["place_order"] = paced(
-            lambda number: connection.ask(orders[number]), PER_SECOND, SECONDS
-        )
-        connection.close()
-        return took
-
-
 def bursts(fleet: list[Mapping[str, Any]]) -> Iterator[Row]:
     """Ten orders at once, beside the same ten sent through the SDK at the documented spacing."""
     for instance in fleet:
         kind = kind_of(instance)
         gaps = [kind.windows[name].gap for name in kind.costs.get("place_order", ())]
         gap = max([*gaps, SPACING.get(instance["broker"], 0.0)])
-        direct = directly(instance, "burst", orders=10, gap=gap)
+        with directly(instance) as sdk:
+            direct = sdk("burst", 10, gap)
         with service([instance]) as running:
             wait_connected(running, instance)
             burst(running, instance, 1)  # as directly: the first order of a process is slower

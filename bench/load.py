@@ -57,17 +57,36 @@ def prepare(
     return ("\r\n".join(lines) + "\r\n\r\n").encode() + data
 
 
-def paced(call: Callable[[int], Any], per_second: float, seconds: float) -> list[float]:
-    """Calls at a steady pace; the seconds each took."""
-    took = []
-    start = time.perf_counter()
-    for number in range(int(per_second * seconds)):
-        wait = start + number / per_second - time.perf_counter()
-        if wait > 0:
-            time.sleep(wait)
+def timed(call: Callable[[int], Any]) -> Callable[[int], float]:
+    """The same call, which returns the seconds it took."""
+
+    def measure(number: int) -> float:
         began = time.perf_counter()
         call(number)
-        took.append(time.perf_counter() - began)
+        return time.perf_counter() - began
+
+    return measure
+
+
+def paced(call: Callable[[int], Any], per_second: float, seconds: float) -> list[float]:
+    """Calls at a steady pace; the seconds each took."""
+    [took] = in_turn([timed(call)], per_second, seconds)
+    return took
+
+
+def in_turn(
+    calls: Sequence[Callable[[int], float]], per_second: float, seconds: float
+) -> list[list[float]]:
+    """Each call at a steady pace, one after the other, so that what slows the machine down for a
+    while slows all of them; for each the seconds that its calls took, as they say themselves."""
+    took: list[list[float]] = [[] for _ in calls]
+    start = time.perf_counter()
+    for number in range(int(per_second * seconds)):
+        for turn, call in enumerate(calls):
+            wait = start + (number + turn / len(calls)) / per_second - time.perf_counter()
+            if wait > 0:
+                time.sleep(wait)
+            took[turn].append(call(number))
     return took
 
 

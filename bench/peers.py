@@ -9,13 +9,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from bench.load import paced
+from bench.load import timed
 from bench.sdks import SDKS, Calls
 from simulators.exchange import Exchange
 from simulators.fleet import ROOT, fleet, instances_of
@@ -33,12 +33,20 @@ def simulators() -> Iterator[list[Mapping[str, Any]]]:
         process.communicate(b"\n", timeout=30)
 
 
-def directly(instance: Mapping[str, Any], what: str, **arguments: Any) -> Any:
-    """Runs a measurement of this module with one broker's SDK in a process of its own."""
+@contextmanager
+def directly(instance: Mapping[str, Any]) -> Iterator[Callable[..., Any]]:
+    """One broker's SDK in a process of its own; yields a function that runs one of TASKS there."""
     with _running("direct") as process:
-        question = json.dumps({"instance": instance, "what": what, "arguments": arguments})
-        out, _ = process.communicate(question.encode() + b"\n", timeout=120)
-        return json.loads(out.splitlines()[-1])
+        assert process.stdin is not None and process.stdout is not None
+        questions, answers = process.stdin, process.stdout
+
+        def ask(*question: Any) -> Any:
+            questions.write(json.dumps(question).encode() + b"\n")
+            questions.flush()
+            return json.loads(answers.readline())
+
+        ask(instance)
+        yield ask
 
 
 @contextmanager
@@ -80,20 +88,25 @@ def _fill_slowly(exchanges: list[Exchange]) -> None:
 
 
 def _measure_directly() -> None:
-    question = json.loads(sys.stdin.readline())
-    instance = question["instance"]
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the SDKs print is no answer
+
+    def answer(found: Any) -> None:
+        print(json.dumps(found), file=answers, flush=True)
+
+    [instance] = json.loads(sys.stdin.readline())
     calls = SDKS[instance["broker"]](instance["args"])
     time.sleep(1.0)  # what the SDKs do in the background after connecting
-    found = {"latencies": latencies, "burst": burst}[question["what"]](
-        calls, **question["arguments"]
-    )
-    print("\n" + json.dumps(found), flush=True)
+    answer("connected")
+    for line in sys.stdin:
+        task, *arguments = json.loads(line)
+        answer(TASKS[task](calls, *arguments))
     os._exit(0)  # SDK threads would hold the process
 
 
-def latencies(calls: Calls, per_second: float, seconds: float) -> dict[str, list[float]]:
-    """Operation → seconds each call took, at a steady pace."""
-    return {name: paced(call, per_second, seconds) for name, call in calls.items()}
+def one(calls: Calls, operation: str, number: int) -> float:
+    """Seconds that one call takes."""
+    return timed(calls[operation])(number)
 
 
 def burst(calls: Calls, orders: int, gap: float) -> float:
@@ -107,6 +120,8 @@ def burst(calls: Calls, orders: int, gap: float) -> float:
         place(number + 1)
     return time.perf_counter() - began
 
+
+TASKS: Mapping[str, Callable[..., float]] = {"one": one, "burst": burst}
 
 if __name__ == "__main__":
     {"simulators": _serve_simulators, "direct": _measure_directly}[sys.argv[1]]()

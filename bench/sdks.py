@@ -9,6 +9,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from httptrading.brokers.tiger_http import device_id
+
 Calls = Mapping[str, Callable[[int], Any]]
 """Operation → the SDK's call for it; the number makes one order differ from the next."""
 
@@ -120,6 +122,8 @@ def tiger(args: Mapping[str, Any]) -> Calls:
     quote_module: Any = importlib.import_module("tigeropen.quote.quote_client")
     config = config_module.TigerOpenClientConfig(enable_dynamic_domain=False)
     config.tiger_id, config.account = args["tiger_id"], args["account"]
+    # The gateway beside it is the same device, or they would take the quotes from each other.
+    config._device_id = device_id(config.tiger_id)
     config.private_key = sign.read_private_key(args["pk_path"])
     config.tiger_public_key = args["tiger_public_key"]
     config.server_url = config.quote_server_url = args["server_url"]
