@@ -316,8 +316,8 @@ def test_a_long_list_is_joined_as_its_parts_are(journal: Journal) -> None:
         assert [row.order_id for row in together] == [str(number) for number in range(1300)]
         assert [row.row_id for row in together[:30]] == marked
         assert [row.state for row in together] == [PLACED] * 30 + [SEEN] * 1270
-    alone = [row for one in said for row in journal.joined(ID, [one])]
-    assert alone == together
+    alone = [row for one in said[::9] for row in journal.joined(ID, [one])]
+    assert alone == together[::9]
     one_by_one = OrderReport(order("31"), mark="another")
     assert journal.joined(ID, [one_by_one, *said])[1:] == together  # and finds no row of its own
 
