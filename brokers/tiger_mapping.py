@@ -342,6 +342,13 @@ def words(text: Any) -> str:
     return " ".join(str(text or "").split())[:300]
 
 
+IN_DOUBT = ("internal_error", "duplicate order id")
+"""Words of answers from behind the gateway that leave open whether an order was taken. The first
+goes on "A system error occurred, please try again later": Tiger's own Java SDK asks again after it,
+except when it was an order (client/util/HttpUtils.java, client/https/client/TigerHttpClient.java).
+"""
+
+
 def refusal(code: int, said: str) -> HttpTradingError | None:
     """What a refusal means; None when it leaves open whether something was done.
 
@@ -358,7 +365,7 @@ def refusal(code: int, said: str) -> HttpTradingError | None:
         return Rejected(f"Tiger denies access ({said})")
     if code == 1000 and ("signature" in lower or "developer information" in lower):
         return Rejected(BAD_SIGNATURE)
-    if code < 1000 or "DUPLICATE ORDER ID" in said.upper():
+    if code < 1000 or any(one in lower for one in IN_DOUBT):
         return None
     return Rejected(f"Tiger: {said}")
 

@@ -54,6 +54,7 @@ from simulators.exchange import Exchange, ExchangePosition, FaultKind, OrderStat
 from simulators.tiger_gateway import (
     CLIENT_KEYS,
     STRANGER_KEYS,
+    Refused,
     Spoil,
     TigerGateway,
     self_signed_certificate,
@@ -64,6 +65,7 @@ SECRET = "institution-secret-7731"
 HIGH = ("order_no", "place", "cancel", "order", "orders", "quote")
 MEDIUM = ("ping", "cash", "positions", "fills")
 LOW = ("market", "grab", "quote_permission")
+SYSTEM_ERROR = "internal_error:A system error occurred, please try again later"
 NUMBERS = itertools.count(1)
 
 
@@ -1055,6 +1057,8 @@ def test_rate_limits_in_every_form(
         (2, "network read time out", None),
         (-1, "odd", None),
         (1100, "TRADE DUPLICATE ORDER ID", None),
+        (1200, f"standard account response error({SYSTEM_ERROR})", None),
+        (1300, f"paper account response error({SYSTEM_ERROR})", None),
         (4, "access forbidden(ip not in white list)", Rejected),
         (4, "4000:permission denied(Current device does not have permission)", Rejected),
         (4, "rate limit error(current limiting interface:orders, …)", RateLimited),
@@ -1103,6 +1107,28 @@ def test_what_is_believed_unsigned(gateway: TigerGateway, text: bytes, said: str
     except tiger_http.Unbelieved as error:
         found = error.text
     assert said in found and bool(said) == bool(found)
+
+
+def test_tigers_own_failure_leaves_open_what_was_done(
+    trade: Any, account: Any, gateway: TigerGateway, exchange: Exchange
+) -> None:
+    """Done, and answered with the failure of what lies behind the gateway."""
+
+    def fail(data: Any) -> Any:
+        raise Refused(1200, f"standard account response error({SYSTEM_ERROR})")
+
+    gateway.rewrites |= dict.fromkeys(("place", "cancel", "positions", "order_no"), fail)
+    with pytest.raises(Busy, match="not sent"):
+        place(trade)
+    del gateway.rewrites["order_no"]
+    with pytest.raises(OutcomeUnknown, match="system error"):
+        place(trade)
+    (order_id,) = exchange.orders
+    with pytest.raises(OutcomeUnknown, match="system error"):
+        trade.cancel_order(order_id)
+    assert account.order(order_id).order.is_canceled
+    with pytest.raises(TimedOut, match="try again"):
+        account.positions()
 
 
 def test_an_unsigned_refusal_of_an_order(trade: Any, gateway: TigerGateway) -> None:
