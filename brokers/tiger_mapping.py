@@ -342,6 +342,11 @@ def words(text: Any) -> str:
     return " ".join(str(text or "").split())[:300]
 
 
+TOO_OFTEN = ("rate limit", "too_many_requests", "requestrateexceedlimit", "rate exceeded")
+"""Words of what Tiger has not done because it was asked too often: of the gateway, and from behind
+it, where an account's orders, changes and cancellations are counted together (Tiger's own tests of
+its SDKs wait and repeat place_order after them: openapi-python-sdk, tests/integ/_helpers.py)."""
+
 IN_DOUBT = ("internal_error", "duplicate order id")
 """Words of answers from behind the gateway that leave open whether an order was taken. The first
 goes on "A system error occurred, please try again later": Tiger's own Java SDK asks again after it,
@@ -357,7 +362,7 @@ def refusal(code: int, said: str) -> HttpTradingError | None:
     prime, 1300 paper account. The texts tell apart what shares a code.
     """
     lower = said.lower()
-    if code == 5 or (code == 4 and "rate limit" in lower):
+    if code == 5 or any(one in lower for one in TOO_OFTEN):
         return tiger_http.rate_limited(said)
     if code == 4 and "permission" in lower:
         return Rejected(f"Tiger: {said}")

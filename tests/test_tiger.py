@@ -54,6 +54,7 @@ from simulators.exchange import Exchange, ExchangePosition, FaultKind, OrderStat
 from simulators.tiger_gateway import (
     CLIENT_KEYS,
     STRANGER_KEYS,
+    TOO_MANY,
     Refused,
     Spoil,
     TigerGateway,
@@ -1032,7 +1033,7 @@ def test_an_answer_without_data(trade: Any, account: Any, gateway: TigerGateway)
         account.cash()
 
 
-@pytest.mark.parametrize("form", ["http", "code", "signed code"])
+@pytest.mark.parametrize("form", ["http", "code", "signed code", "account"])
 def test_rate_limits_in_every_form(
     trade: Any, account: Any, gateway: TigerGateway, exchange: Exchange, form: str
 ) -> None:
@@ -1063,6 +1064,8 @@ def test_rate_limits_in_every_form(
         (4, "4000:permission denied(Current device does not have permission)", Rejected),
         (4, "rate limit error(current limiting interface:orders, …)", RateLimited),
         (5, "rate limit error", RateLimited),
+        (1200, f"standard account response error({TOO_MANY})", RateLimited),
+        (1300, "paper account response error(Request rate exceeded)", RateLimited),
         (1000, "common param error(invalid symbols)", Rejected),
         (1010, "biz param error", Rejected),
         (1200, "Orders cannot be placed at this moment", Rejected),

@@ -96,6 +96,7 @@ CURRENCIES = ("USD", "HKD", "CNH", "SGD")  # docs.itigerup.com/docs/accounts, pr
 CURRENCY = {"US": "USD", "HK": "HKD", "CN": "CNH"}
 ORDER_DATA = SocketCommon.DataType.OrderStatus
 ASSET_DATA = SocketCommon.DataType.Asset
+TOO_MANY = "too_many_requests:error.requestRateExceedLimit"
 DENIED = "4000:permission denied(Current device does not have permission)"
 NO_MARKET = (
     "4000:permission denied(Current user and device do not have permissions in the {market} market)"
@@ -222,7 +223,8 @@ class TigerGateway:
         self.http_port = self.push_port = 0
         self.deaf = False  # requests and frames are taken in and never answered
         self.enforce_limits = True
-        self.rate_limit_form = "http"  # or "code": HTTP 200 with code 4
+        # Or "code": HTTP 200 with code 4; "account": said from behind the gateway
+        self.rate_limit_form = "http"
         self.sign_refusals = False
         self.primary_device: str | None = None  # who may read quotes
         self.quote_markets = {"US", "HK"}
@@ -472,6 +474,8 @@ class TigerGateway:
         answer: dict[str, Any] = {"timestamp": int(time.time() * 1000)}
         try:
             self._authenticate(request, method, biz)
+            if limited and self.rate_limit_form == "account":
+                raise Refused(1200, f"standard account response error({TOO_MANY})")
             if limited:
                 limit = LIMITS.get(method, 60)
                 raise Refused(
