@@ -47,6 +47,7 @@ TO_SESSION = {
 # What ends an order; every other word (Initial, PendingSubmit, Submitted, PartiallyFilled …, and
 # whatever Tiger adds) leaves it open. The second words are the SDK's names for the same, which
 # pushes carry as well (common/consts/__init__.py:146, common/util/order_utils.py:246).
+FILLED = {"Filled", "FILLED"}
 PENDING_CANCEL = {"PendingCancel", "PENDING_CANCEL"}
 CANCELED = {"Cancelled", "CANCELLED"}
 FAILED = {
@@ -188,7 +189,11 @@ def order_of(
     order_id: Any, status: str, currency: str, qty: Number, filled: Number, avg: Any, reason: Any
 ) -> Order:
     """Filled is decided by quantities alone: a partial fill hides behind any status, `Filled` of a
-    global account included, and the SDK's computed `Order.status` compares unscaled numbers."""
+    global account included, and the SDK's computed `Order.status` compares unscaled numbers.
+
+    An order for an amount of money (`totalCashAmount`) has no quantity but what was filled."""
+    if status in FILLED and not qty:
+        qty = filled
     done = filled >= qty > 0
     failed = FAILED.get(status, "") if not done else ""
     return Order(
@@ -212,7 +217,7 @@ def parse_order(order: Any) -> OrderReport:
         scaled(order.quantity, order.quantity_scale),
         scaled(order.filled, order.filled_scale),
     )
-    if status == "Filled" and order.filled is None:
+    if status in FILLED and order.filled is None:
         filled = qty
     return OrderReport(
         order_of(
@@ -228,7 +233,7 @@ def parse_order(order: Any) -> OrderReport:
         contract=found,
         direction=order.action,
         order_type=FROM_ORDER_TYPE.get(order.order_type),
-        price=number(order.limit_price),
+        price=number(order.limit_price) or None,  # a market order's is 0.0
         time_in_force=FROM_TIME_IN_FORCE.get(order.time_in_force),
         lifecycle=lifecycle_of(order.outside_rth, order.trading_session_type),
         time=moment(order.order_time),
@@ -247,7 +252,7 @@ def parse_push(data: Any) -> OrderReport:
         contract=contract_of(data.symbol, data.market, data.currency, data.secType),
         direction=data.action or None,
         order_type=FROM_ORDER_TYPE.get(data.orderType),
-        price=number(data.limitPrice) if data.orderType == "LMT" else None,
+        price=number(data.limitPrice) or None,
         time_in_force=FROM_TIME_IN_FORCE.get(data.timeInForce),
         lifecycle=lifecycle_of(data.outsideRth, None),
         time=moment(data.openTime),

@@ -485,6 +485,30 @@ def test_filled_without_a_quantity_is_filled(
     assert account.order(order_id).order.filled_qty == 0
 
 
+def test_an_order_for_an_amount_of_money_ends(
+    trade: Any, account: Any, gateway: TigerGateway, exchange: Exchange
+) -> None:
+    """As Tiger's app places it: without a quantity."""
+    exchange.fill_market_orders = False
+    order_id = place(trade, order_type=OrderType.Market, price=None)
+    money = {"totalQuantity": 0, "totalCashAmount": 180.0}
+    gateway.rewrites["order"] = lambda data: {"items": [one | money for one in data["items"]]}
+    order = account.order(order_id).order
+    assert (order.qty, order.filled_qty, order.is_completed) == (0, 0, False)
+    exchange.fill(order_id, Decimal("0.5"), "199.5")
+    assert not account.order(order_id).order.is_completed
+    gateway.wire_status[order_id] = "Filled"
+    order = account.order(order_id).order
+    assert order.is_filled and (order.qty, order.filled_qty) == (Decimal("0.5"), Decimal("0.5"))
+
+
+def test_a_market_order_has_no_price(trade: Any, account: Any, gateway: TigerGateway) -> None:
+    order_id = place(trade, order_type=OrderType.Market, price=None)
+    zero = {"limitPrice": 0.0}
+    gateway.rewrites["order"] = lambda data: {"items": [one | zero for one in data["items"]]}
+    assert account.order(order_id).price is None
+
+
 def test_a_failure_without_a_reason_is_named(trade: Any, account: Any, exchange: Exchange) -> None:
     rejected, expired = place(trade), place(trade)
     exchange.reject(rejected, "")
