@@ -336,6 +336,9 @@ def global_cash(account: Any, currency: str) -> Number | None:
     return number(account.market_values[currency].cash_balance)
 
 
+SIGNATURE = ("verify signature", "sign check error", "public key error", "developer information")
+"""Words of code 1000 (docs.itigerup.com/docs/error-code and /docs/faq)."""
+
 BAD_SIGNATURE = (
     "Tiger does not accept the signature; check tiger_id and pk_path, and that the key is the one "
     "registered on Tiger's site"
@@ -373,7 +376,7 @@ def refusal(code: int, said: str) -> HttpTradingError | None:
         return Rejected(f"Tiger: {said}")
     if code == 4:
         return Rejected(f"Tiger denies access ({said})")
-    if code == 1000 and ("signature" in lower or "developer information" in lower):
+    if code == 1000 and any(one in lower for one in SIGNATURE):
         return Rejected(BAD_SIGNATURE)
     if code < 1000 or any(one in lower for one in IN_DOUBT):
         return None

@@ -1104,7 +1104,13 @@ def test_what_refusals_mean(code: int, said: str, meaning: type[HttpTradingError
 
 
 @pytest.mark.parametrize(
-    "said", ["failed to verify signature", "failed to get developer information"]
+    "said",
+    [
+        "failed to verify signature, please make sure you use the correct rsa private key",
+        "failed to get developer information",
+        "sign check error",
+        "public key error",
+    ],
 )
 def test_what_a_bad_signature_means(said: str) -> None:
     found = mapping.refusal(1000, f"common param error({said})")
