@@ -384,14 +384,17 @@ class Tiger(BaseBroker):
     def order(self, order_id: str) -> OrderReport:
         wanted = mapping.order_number(order_id)
         try:
-            found = self._read(lambda: self._trade.get_order(self._account, id=wanted))
+            found, _ = self._orders(lambda: self._trade.order(self._account, wanted))
         except Rejected as refused:
             if not mapping.is_unknown_order(refused):
                 raise
-            found = None
-        if found is None or str(found.id) != order_id:
+            found = []
+        if len(found) != 1 or found[0].order.order_id != order_id:
             raise OrderNotFound("Tiger does not know the order")
-        return mapping.parse_order(found)
+        return found[0]
+
+    def _orders(self, ask: Callable[[], Any]) -> tuple[list[OrderReport], str | None]:
+        return self._read(lambda: mapping.parse_orders(ask()))
 
     def listed_since(self, now: datetime) -> datetime:
         return now - timedelta(days=LISTING_DAYS)
@@ -402,15 +405,15 @@ class Tiger(BaseBroker):
         found: dict[str, OrderReport] = {}
         token, seen = "", {""}
         for _ in range(MOST_PAGES):
-            page = self._read(
-                lambda token=token: self._trade.get_orders(  # type: ignore[misc]
-                    self._account, sec_type="STK", start_time=since, limit=PAGE, page_token=token
+            page, following = self._orders(
+                lambda token=token: self._trade.orders(  # type: ignore[misc]
+                    self._account, since, PAGE, token
                 )
             )
-            if page is None or not mapping.is_listing(page.data, token):
+            if token and following is None:
                 raise TimedOut("Tiger answered no order list; try again")
-            found |= {str(order.id): mapping.parse_order(order) for order in page.result}
-            token = page.next_page_token or ""
+            found |= {report.order.order_id: report for report in page}
+            token = following or ""
             if token in seen:
                 break
             seen.add(token)
@@ -418,15 +421,11 @@ class Tiger(BaseBroker):
         else:
             raise TimedOut("Tiger's order list does not end; try again")
         self.take("high")
-        older = self._read(
-            lambda: self._trade.get_open_orders(
-                self._account, sec_type="STK", end_time=since, limit=PAGE
-            )
-        )
-        if len(older or []) >= PAGE:  # this list has no pages
+        older, _ = self._orders(lambda: self._trade.open_orders(self._account, since, PAGE))
+        if len(older) >= PAGE:  # this list has no pages
             raise Rejected(f"There are {PAGE} and more open orders of long ago")
-        for order in older or []:
-            found.setdefault(str(order.id), mapping.parse_order(order))
+        for report in older:
+            found.setdefault(report.order.order_id, report)
         return list(found.values())
 
     def fills(self, order_id: str) -> list[Fill]:

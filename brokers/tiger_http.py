@@ -319,11 +319,14 @@ def make_clients(who: Credentials) -> tuple[Any, Any, Transport]:
 
     Some answers are taken as Tiger writes them, since the SDK's own reading makes a pandas table of
     quotes (which holds the interpreter longer than all else of the request), fails on an `openTime`
-    that is "" and on `segments` that are null, and hides whether a `positionQty` was there.
+    that is "", on `segments` that are null and on a list with somebody's TWAP order (it reads the
+    parameters by other names than it writes them), and hides whether a `positionQty` was there.
     """
     from tigeropen import tiger_open_config
     from tigeropen.common.consts.service_types import (
+        ACTIVE_ORDERS,
         MARKET_STATE,
+        ORDERS,
         POSITIONS,
         PRIME_ASSETS,
         QUOTE_REAL_TIME,
@@ -334,7 +337,12 @@ def make_clients(who: Credentials) -> tuple[Any, Any, Transport]:
     from tigeropen.quote.quote_client import QuoteClient
     from tigeropen.quote.request.model import MarketParams, MultipleQuoteParams
     from tigeropen.tiger_open_client import TigerOpenClient
-    from tigeropen.trade.request.model import AssetParams, PositionParams
+    from tigeropen.trade.request.model import (
+        AssetParams,
+        OrderParams,
+        OrdersParams,
+        PositionParams,
+    )
     from tigeropen.trade.trade_client import TradeClient
 
     hook = "_TigerOpenClient__do_post"
@@ -364,7 +372,28 @@ def make_clients(who: Credentials) -> tuple[Any, Any, Transport]:
             raise ApiException(answer.code, answer.message)
         return answer.data
 
+    def stock_orders(account: str, page: int) -> Any:
+        params = OrdersParams()
+        params.account, params.secret_key, params.sec_type = account, config.secret_key, "STK"
+        params.market, params.limit = "ALL", page
+        return params
+
     class Trade(TradeClient):  # type: ignore[misc]
+        def order(self, account: str, order_id: int) -> Any:
+            params = OrderParams()
+            params.account, params.secret_key, params.id = account, config.secret_key, order_id
+            return data_of(self, ORDERS, params)
+
+        def orders(self, account: str, since: int, page: int, token: str) -> Any:
+            params = stock_orders(account, page)
+            params.start_date, params.page_token = since, token
+            return data_of(self, ORDERS, params)
+
+        def open_orders(self, account: str, until: int, page: int) -> Any:
+            params = stock_orders(account, page)
+            params.end_date = until
+            return data_of(self, ACTIVE_ORDERS, params)
+
         def prime_assets(self, account: str, currency: str) -> Any:
             params = AssetParams()
             params.account, params.secret_key = account, config.secret_key

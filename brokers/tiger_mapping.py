@@ -45,16 +45,14 @@ TO_SESSION = {
 }
 
 # What ends an order; every other word (Initial, PendingSubmit, Submitted, PartiallyFilled …, and
-# whatever Tiger adds) leaves it open. The second words are the SDK's names for the same, which
-# pushes carry as well (common/consts/__init__.py:146, common/util/order_utils.py:246).
-FILLED = {"Filled", "FILLED"}
-PENDING_CANCEL = {"PendingCancel", "PENDING_CANCEL"}
-CANCELED = {"Cancelled", "CANCELLED"}
+# whatever Tiger adds) leaves it open. Beside Tiger's words those of the SDK, which pushes carry as
+# well, and Tiger's numbers (common/consts/__init__.py:146, common/util/order_utils.py:246).
+FILLED = {"Filled", "FILLED", "6"}
+PENDING_CANCEL = {"PendingCancel", "PENDING_CANCEL", "3"}
+CANCELED = {"Cancelled", "CANCELLED", "4"}
 FAILED = {
-    "Inactive": "Rejected",
-    "REJECTED": "Rejected",
-    "Invalid": "Expired",
-    "EXPIRED": "Expired",
+    **dict.fromkeys(("Inactive", "REJECTED", "7"), "Rejected"),
+    **dict.fromkeys(("Invalid", "EXPIRED", "-2"), "Expired"),
 }
 
 MARKET_STATES = {
@@ -208,35 +206,40 @@ def order_of(
     )
 
 
-def parse_order(order: Any) -> OrderReport:
-    """An order of the SDK's lists (trade/response/orders_response.py `parse_order`)."""
-    contract = order.contract
-    found = contract_of(contract.symbol, contract.market, contract.currency, contract.sec_type)
-    status = order._status.value
-    qty, filled = (
-        scaled(order.quantity, order.quantity_scale),
-        scaled(order.filled, order.filled_scale),
-    )
-    if status in FILLED and order.filled is None:
+def parse_orders(data: Any) -> tuple[list[OrderReport], str | None]:
+    """The orders of an answer, a list of them or the one asked for, and the token of the next page;
+    None when there is no data (of a code 0), which is no order. Raises when it makes no sense."""
+    if not data:
+        return [], None
+    listed = data["items"] if "items" in data else [data]
+    return [parse_order(one) for one in listed], str(data.get("nextPageToken") or "")
+
+
+def parse_order(row: Mapping[str, Any]) -> OrderReport:
+    """An order as Tiger writes it (trade/response/orders_response.py)."""
+    status, currency = str(row.get("status")), row.get("currency")
+    qty = scaled(row.get("totalQuantity"), row.get("totalQuantityScale"))
+    filled = scaled(row.get("filledQuantity"), row.get("filledQuantityScale"))
+    if status in FILLED and row.get("filledQuantity") is None:
         filled = qty
     return OrderReport(
         order_of(
-            order.id,
+            row["id"],
             status,
-            str(contract.currency or ""),
+            str(currency or ""),
             qty,
             filled,
-            order.avg_fill_price,
-            order.reason,
+            row.get("avgFillPrice"),
+            row.get("remark"),
         ),
-        mark=str(order.user_mark or ""),
-        contract=found,
-        direction=order.action,
-        order_type=FROM_ORDER_TYPE.get(order.order_type),
-        price=number(order.limit_price) or None,  # a market order's is 0.0
-        time_in_force=FROM_TIME_IN_FORCE.get(order.time_in_force),
-        lifecycle=lifecycle_of(order.outside_rth, order.trading_session_type),
-        time=moment(order.order_time),
+        mark=str(row.get("userMark") or ""),
+        contract=contract_of(row.get("symbol"), row.get("market"), currency, row.get("secType")),
+        direction=row.get("action"),
+        order_type=FROM_ORDER_TYPE.get(str(row.get("orderType"))),
+        price=number(row.get("limitPrice")) or None,  # a market order's is 0.0
+        time_in_force=FROM_TIME_IN_FORCE.get(str(row.get("timeInForce"))),
+        lifecycle=lifecycle_of(row.get("outsideRth"), row.get("tradingSessionType")),
+        time=moment(row.get("openTime")),
     )
 
 
@@ -301,14 +304,6 @@ def items_of(data: Any) -> list[Mapping[str, Any]] | None:
         return []
     items = data.get("items") or [] if isinstance(data, dict) else None
     return items if isinstance(items, list) and len(rows(items)) == len(items) else None
-
-
-def is_listing(data: Any, page_token: str) -> bool:
-    """Whether it is a list of orders. The SDK reads no data (of a code 0) as no orders; a further
-    page must have some."""
-    if not data:
-        return not page_token
-    return isinstance(data, dict) and "items" in data
 
 
 def prime_cash(assets: Any, currency: str) -> Number | None:

@@ -567,6 +567,38 @@ def test_a_listing_is_whole_or_an_error(trade: Any, account: Any, gateway: Tiger
     assert len(account.recent_orders()) == 1
 
 
+def test_a_twap_order_of_the_app_spoils_nothing(
+    trade: Any, account: Any, gateway: TigerGateway
+) -> None:
+    """The SDK reads its parameters by other names than it writes them, and fails on them."""
+    order_id = place(trade)
+    began = {"tag": "start_time", "value": "1754942400000"}
+    twap = {"orderType": "TWAP", "algoParameters": [began]}
+
+    def told(data: Any) -> Any:
+        return {"items": [one | twap for one in data["items"]]}
+
+    gateway.rewrites |= {"orders": told, "order": told}
+    (listed,) = account.recent_orders()
+    assert (listed.order.order_id, listed.order_type) == (order_id, None)
+    assert account.order(order_id) == listed
+
+
+def test_one_order_alone_and_numbers_for_words(
+    trade: Any, account: Any, gateway: TigerGateway, exchange: Exchange
+) -> None:
+    """As Tiger answers for an id: the order itself, no list of it."""
+    order_id = place(trade)
+    gateway.rewrites["order"] = lambda data: data["items"][0] | {"status": 4, "id": order_id}
+    assert account.order(order_id).order.is_canceled
+    exchange.fill(order_id, 5, "199.5")
+    gateway.rewrites["order"] = lambda data: data["items"][0] | {"status": 6}
+    assert not account.order(order_id).order.is_completed
+    gateway.rewrites["order"] = lambda data: {"status": 6}
+    with pytest.raises(TimedOut, match="makes no sense"):
+        account.order(order_id)
+
+
 @pytest.mark.parametrize("data", [None, {}, {"items": []}])
 def test_an_account_without_orders(account: Any, gateway: TigerGateway, data: Any) -> None:
     gateway.rewrites["orders"] = lambda _: data
