@@ -187,11 +187,7 @@ def order_of(
     order_id: Any, status: str, currency: str, qty: Number, filled: Number, avg: Any, reason: Any
 ) -> Order:
     """Filled is decided by quantities alone: a partial fill hides behind any status, `Filled` of a
-    global account included, and the SDK's computed `Order.status` compares unscaled numbers.
-
-    An order for an amount of money (`totalCashAmount`) has no quantity but what was filled."""
-    if status in FILLED and not qty:
-        qty = filled
+    global account included, and the SDK's computed `Order.status` compares unscaled numbers."""
     done = filled >= qty > 0
     failed = FAILED.get(status, "") if not done else ""
     return Order(
@@ -222,6 +218,8 @@ def parse_order(row: Mapping[str, Any]) -> OrderReport:
     filled = scaled(row.get("filledQuantity"), row.get("filledQuantityScale"))
     if status in FILLED and row.get("filledQuantity") is None:
         filled = qty
+    if status in FILLED and not qty and row.get("totalCashAmount"):
+        qty = filled  # an order for an amount of money has no other quantity
     return OrderReport(
         order_of(
             row["id"],

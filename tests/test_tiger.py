@@ -491,7 +491,7 @@ def test_an_order_for_an_amount_of_money_ends(
     """As Tiger's app places it: without a quantity."""
     exchange.fill_market_orders = False
     order_id = place(trade, order_type=OrderType.Market, price=None)
-    money = {"totalQuantity": 0, "totalCashAmount": 180.0}
+    money: dict[str, Any] = {"totalQuantity": 0, "totalCashAmount": 180.0}
     gateway.rewrites["order"] = lambda data: {"items": [one | money for one in data["items"]]}
     order = account.order(order_id).order
     assert (order.qty, order.filled_qty, order.is_completed) == (0, 0, False)
@@ -500,6 +500,8 @@ def test_an_order_for_an_amount_of_money_ends(
     gateway.wire_status[order_id] = "Filled"
     order = account.order(order_id).order
     assert order.is_filled and (order.qty, order.filled_qty) == (Decimal("0.5"), Decimal("0.5"))
+    del money["totalCashAmount"]  # then nothing says that the quantity is left out on purpose
+    assert not account.order(order_id).order.is_completed
 
 
 def test_a_market_order_has_no_price(trade: Any, account: Any, gateway: TigerGateway) -> None:
