@@ -56,6 +56,7 @@ PAGE = 300  # orders in one answer at most
 MOST_PAGES = 40
 RESERVE_SHARE = 0.4  # of the timeout; the rest is for placing under the reserved number
 MOST_NUMBERS = 20_000  # order numbers remembered
+NOT_SIGNED_AGAIN = 20.0  # seconds in which a key that Tiger did not accept is not tried again
 NOT_GRABBED_AGAIN = 300.0  # seconds in which a market that a grab did not open is left alone
 
 
@@ -84,7 +85,9 @@ class UsedNumbers:
             self._used.pop(number, None)
 
 
-_numbers = UsedNumbers()  # of the process: the brokers are copies, made anew with each connection
+# Of the process: the brokers are copies, made anew with each connection.
+_numbers = UsedNumbers()
+_bad_keys: dict[int, float] = {}  # a key's hash → until when it is not tried again
 
 
 @broker_register("tiger", "老虎证券")
@@ -189,13 +192,17 @@ class Tiger(BaseBroker):
         with self._http.within(min(CONNECT_TIMEOUT, self._timeout)):
             self._http.open()
             if self.connection == "account":
-                self._introduce()
+                self._introduce(hash((given.get("server_url"), self._tiger_id, key)))
         if self.connection == "trade":
             self._listen(key)
 
-    def _introduce(self) -> None:
+    def _introduce(self, key: int) -> None:
         """Key, signature and account are checked once. Any other failure says nothing about them,
-        and without a connection nothing else would be served."""
+        and without a connection nothing else would be served. A bad signature is not sent with
+        every attempt to connect: Tiger black-lists accounts with too many requests in error
+        (docs.itigerup.com/docs/error-code, 4)."""
+        if time.monotonic() < _bad_keys.get(key, 0.0):
+            raise BrokerUnavailable(mapping.BAD_SIGNATURE)
         try:
             self.take("medium")
             is_known = self._ask(self._knows_account)
@@ -203,6 +210,7 @@ class Tiger(BaseBroker):
             raise BrokerUnavailable(unbelieved.text) from None
         except (Rejected, RateLimited, Busy, tiger_http.NoAnswer) as error:
             if isinstance(error, Rejected) and error.text == mapping.BAD_SIGNATURE:
+                _bad_keys[key] = time.monotonic() + NOT_SIGNED_AGAIN
                 raise BrokerUnavailable(error.text) from None
             log.warning("Tiger did not tell its accounts, so key and account are not checked yet")
             return

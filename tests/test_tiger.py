@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -1334,6 +1335,32 @@ def test_the_gateways_certificate_is_checked(
             ):
                 pass
             assert not exchange.requests
+
+
+def test_a_bad_signature_is_not_sent_again_and_again(
+    args: dict[str, Any], exchange: Exchange, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiger black-lists who goes on with errors (docs.itigerup.com/docs/error-code, 4)."""
+    key = tmp_path / "key.txt"
+    key.write_text(STRANGER_KEYS.private_base64)
+
+    def refused() -> int:
+        """How often Tiger is asked in three attempts."""
+        before = len(exchange.received("ping"))
+        for _ in range(3):
+            with (
+                pytest.raises(BrokerUnavailable, match="signature"),
+                connected(args, "account", pk_path=str(key)),
+            ):
+                pass
+        return len(exchange.received("ping")) - before
+
+    assert refused() == 1
+    monkeypatch.setattr(tiger, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 21))
+    assert refused() == 1  # asked again, but no more often
+    key.write_text(CLIENT_KEYS.private_base64)
+    with connected(args, "account", pk_path=str(key)) as broker:  # at once
+        assert broker.ping()
 
 
 def test_a_paper_account_is_found_among_all(args: dict[str, Any], exchange: Exchange) -> None:
