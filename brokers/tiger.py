@@ -397,9 +397,10 @@ class Tiger(BaseBroker):
             if not mapping.is_unknown_order(refused):
                 raise
             found = []
-        if len(found) != 1 or found[0].order.order_id != order_id:
-            raise OrderNotFound("Tiger does not know the order")
-        return found[0]
+        for report in found:
+            if report.order.order_id == order_id:
+                return report
+        raise OrderNotFound("Tiger does not know the order")
 
     def _orders(self, ask: Callable[[], Any]) -> tuple[list[OrderReport], str | None]:
         return self._read(lambda: mapping.parse_orders(ask()))

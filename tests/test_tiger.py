@@ -594,6 +594,9 @@ def test_one_order_alone_and_numbers_for_words(
     order_id = place(trade)
     gateway.rewrites["order"] = lambda data: data["items"][0] | {"status": 4, "id": order_id}
     assert account.order(order_id).order.is_canceled
+    leg = {"id": 40139406481165313, "status": "Initial"}
+    gateway.rewrites["order"] = lambda data: {"items": [leg, *data["items"]]}
+    assert account.order(order_id).mark == "mark-1"
     exchange.fill(order_id, 5, "199.5")
     gateway.rewrites["order"] = lambda data: data["items"][0] | {"status": 6}
     assert not account.order(order_id).order.is_completed
