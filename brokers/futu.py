@@ -475,7 +475,7 @@ class Futu(BaseBroker):
             if changes and DOUBTFUL.search(words):
                 raise OutcomeUnknown(f"OpenD could not say what became of it: {words}")
             raise self._refusal(words, check_login)
-        if str(data) in futu_sdk.NOT_SENT:
+        if context.answer is None and str(data) in futu_sdk.NOT_SENT:
             raise BrokerUnavailable("The connection to OpenD is broken")
         if not context.packed:
             raise Unsupported(

@@ -676,13 +676,23 @@ def test_what_a_failure_means_for_an_order(
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize("ret_type", [-100, -200, -400, -500])
+@pytest.mark.parametrize(
+    ("ret_type", "words"),
+    [
+        (-100, ""),
+        (-200, ""),
+        (-400, ""),
+        (-500, ""),
+        (-200, "Connection closed"),  # the SDK's own words for "not sent"
+    ],
+)
 def test_opends_own_doubts_leave_an_order_open(
-    connect: Callable[..., Futu], opend: OpenD, ret_type: int
+    connect: Callable[..., Futu], exchange: Exchange, opend: OpenD, ret_type: int, words: str
 ) -> None:
-    opend.ret_type = ret_type
+    opend.ret_type, opend.ret_msg = ret_type, words
     broker = connect()
     assert type(failing(lambda: place(broker))) is OutcomeUnknown
+    assert len(exchange.orders) == 1
 
 
 @pytest.mark.parametrize("kind", [FaultKind.CUT, FaultKind.GARBAGE])
