@@ -67,8 +67,11 @@ HISTORY_DAYS = 90  # what one history request spans at most
 REFUSED = -1  # Common.proto RetType_Failed; -100, -200, -400 and -500 leave the outcome open
 OFTEN = re.compile(r"频率太高|頻率太高|频繁|頻繁|too (high|often|frequent)|frequen", re.IGNORECASE)
 LOCKED = re.compile(r"解锁|解鎖|unlock", re.IGNORECASE)
+# NN_ProtoRet_TimeOut, …_ByDisConnOrCacnel (sic), …_SvrFailed: OpenD's own request to Futu ended
+# without an answer (py-futu-api issues 11, 194).
 DOUBTFUL = re.compile(
-    r"超时|超時|逾时|time.?out|timed out|网络|網絡|network|断开|斷開|disconnect|no response",
+    r"超时|超時|逾时|time.?out|timed out|网络|網絡|network|断开|斷開|disconnect|no response"
+    r"|NN_ProtoRet",
     re.IGNORECASE,
 )
 WRONG_PIN = re.compile(r"密码|密碼|password|pwd", re.IGNORECASE)

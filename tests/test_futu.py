@@ -684,6 +684,9 @@ def test_what_a_failure_means_for_an_order(
         (-400, ""),
         (-500, ""),
         (-200, "Connection closed"),  # the SDK's own words for "not sent"
+        (-1, "NN_ProtoRet_TimeOut"),
+        (-1, "NN_ProtoRet_ByDisConnOrCacnel"),
+        (-1, "NN_ProtoRet_SvrFailed"),
     ],
 )
 def test_opends_own_doubts_leave_an_order_open(
