@@ -62,7 +62,7 @@ from httptrading.model import (
 )
 
 PIN_REFUSAL = "refused-pin"
-LISTING_DAYS = 9  # a gateway that was down over a long weekend finds its orders
+LISTING_DAYS = 10  # a gateway that was down over a long weekend finds its orders
 HISTORY_DAYS = 90  # what one history request spans at most
 REFUSED = -1  # Common.proto RetType_Failed; -100, -200, -400 and -500 leave the outcome open
 OFTEN = re.compile(r"频率太高|頻率太高|频繁|頻繁|too (high|often|frequent)|frequen", re.IGNORECASE)
@@ -300,7 +300,9 @@ class Futu(BaseBroker):
         return list(found.values())
 
     def listed_since(self, now: datetime) -> datetime:
-        return now - timedelta(days=LISTING_DAYS - 2)  # the dates are whole days, in another zone
+        """The dates of a listing are tomorrow's and back, and days of the market: one that is
+        behind our own time zone has begun its first up to a day later."""
+        return now - timedelta(days=LISTING_DAYS - 3)
 
     def fills(self, order_id: str) -> list[Fill]:
         if self._given.trade_env == "SIMULATE":

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -387,6 +388,24 @@ def test_a_listing_reaches_back_over_a_long_weekend(
     assert listed[done].time is not None
     age = datetime.now(UTC) - listed[done].time
     assert timedelta(hours=23) < age < timedelta(hours=25)
+
+
+def test_a_listing_reaches_as_far_back_as_it_says_in_every_time_zone(
+    connect: Callable[..., Futu], exchange: Exchange, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dates are days of the market: early in the day of a gateway east of it, they begin late."""
+    broker = connect()
+    order_id = place(broker)
+    since = broker.listed_since(datetime.now(UTC)) + timedelta(minutes=5)
+    exchange.orders[order_id].epoch = since.timestamp()
+    exchange.fill(order_id, 12, "200")
+    try:
+        with monkeypatch.context() as early:
+            early.setenv("TZ", f"GATEWAY-{(24 - datetime.now(UTC).hour) % 24}")
+            time.tzset()
+            assert [report.order.order_id for report in broker.recent_orders()] == [order_id]
+    finally:
+        time.tzset()
 
 
 def test_fills_are_found_long_after_their_day(

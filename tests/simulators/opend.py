@@ -24,7 +24,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -157,9 +157,9 @@ class OpenD:
     QotMarketState). `raw_status`: order id → OrderStatus number shown instead of the exchange's.
     `left_out`: optional fields that orders, fills and positions come without. `busted`: fill ids
     that are shown as cancelled.
-    `ret_type`, `ret_msg`: the RetType and words answered to orders, which are taken. `locked`: REAL orders need
-    UnlockTrade first. `enforce_limits`: too frequent requests are refused in OpenD's own words and
-    listed in `violations`.
+    `ret_type`, `ret_msg`: the RetType and words answered to orders, which are taken.
+    `locked`: REAL orders need UnlockTrade first. `enforce_limits`: too frequent requests are
+    refused in OpenD's own words and listed in `violations`.
     """
 
     def __init__(
@@ -650,8 +650,7 @@ class OpenD:
     def _history(self, _connection: Connection, request: Any) -> dict[str, Any]:
         """What is finished, by the day it was placed on; at most 90 days."""
         account = self._account(request)
-        begin, end = _period(request)
-        if end - begin > 92 * 86400:
+        if _days(request) > 92:
             raise Refused("查询时间范围不能超过90天")
         with self.exchange.lock:
             rows = [
@@ -659,7 +658,7 @@ class OpenD:
                 for order in self.exchange.orders.values()
                 if order.account == str(account.acc_id)
                 and order.status.is_final
-                and begin <= order.epoch <= end
+                and _within(request, order.epoch, order.region)
             ]
         return {"header": _header(request), "orderList": rows}
 
@@ -668,16 +667,14 @@ class OpenD:
         account = self._account(request)
         if account.env == SIMULATE:
             raise Refused("模拟交易不支持成交数据")
-        begin, end = _midnight(), float("inf")
-        if request.filterConditions.beginTime:
-            begin, end = _period(request)
+        today, old = _midnight(), bool(request.filterConditions.beginTime)
         with self.exchange.lock:
             rows = [
                 self._shown(_fill_row(order, at)) | {"status": int(fill.fill_id in self.busted)}
                 for order in self.exchange.orders.values()
                 if order.account == str(account.acc_id)
                 for at, fill in enumerate(order.fills)
-                if begin <= fill.epoch <= end
+                if (_within(request, fill.epoch, order.region) if old else fill.epoch >= today)
             ]
         return {"header": _header(request), "orderFillList": rows}
 
@@ -794,9 +791,16 @@ def _midnight() -> float:
     return datetime.now().replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
 
 
-def _period(request: Any) -> tuple[float, float]:
+def _days(request: Any) -> float:
     begin, end = request.filterConditions.beginTime, request.filterConditions.endTime
-    return datetime.fromisoformat(begin).timestamp(), datetime.fromisoformat(end).timestamp()
+    return (datetime.fromisoformat(end) - datetime.fromisoformat(begin)) / timedelta(days=1)
+
+
+def _within(request: Any, epoch: float, region: str) -> bool:
+    """Whether it lies in the days asked for, in the market's own time as all that is told."""
+    told = datetime.fromtimestamp(epoch, MARKET_ZONES[region]).strftime("%Y-%m-%d %H:%M:%S")
+    asked = request.filterConditions
+    return bool(asked.beginTime <= told <= asked.endTime)
 
 
 def _too_often(limit: int) -> str:
