@@ -214,6 +214,10 @@ class Futu(BaseBroker):
 
     def _choose_accounts(self) -> None:
         rows = self._ask(self._context.keep_accounts).to_dict("records")
+        if self._context.unlisted:
+            # The SDK has then neither subscribed to pushes nor kept to one security_firm
+            # (trade/open_trade_context.py:198).
+            raise BrokerUnavailable("OpenD did not tell its accounts at first; connecting again")
         given = self._given
         self._accounts = parse_accounts(rows, given.trade_env, given.acc_id)
         if not self._accounts:

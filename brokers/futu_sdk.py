@@ -132,6 +132,7 @@ def open_context(
         packed = False  # the last request was made and handed to the network
         answer: Any = None  # OpenD's (retType, retMsg) to the last request, or None
         live = False  # the constructor has succeeded
+        unlisted = False  # but for the accounts, which it goes on without
         closing = False
         _accounts: Any = None
         _checked: dict[tuple[str, int], Any]  # (environment, account) → what the SDK made of it
@@ -173,7 +174,11 @@ def open_context(
 
         def get_acc_list(self) -> Any:
             """Asked once: the SDK wants it before every trade call."""
-            return (0, self._accounts) if self._accounts is not None else super().get_acc_list()
+            if self._accounts is not None:
+                return 0, self._accounts
+            ret, found = super().get_acc_list()
+            self.unlisted = self.unlisted or ret != 0
+            return ret, found
 
         def keep_accounts(self) -> Any:
             ret, table = super().get_acc_list()

@@ -39,7 +39,7 @@ from httptrading.model import (
     TradeType,
 )
 from simulators.exchange import Exchange, ExchangePosition, FaultKind, OrderStatus
-from simulators.opend import ACCOUNTS, SIMULATE, Account, OpenD
+from simulators.opend import ACCOUNTS, REAL, SIMULATE, Account, OpenD
 
 AAPL = Contract(TradeType.Securities, "AAPL", "US")
 PIN = "123456"
@@ -262,6 +262,27 @@ def test_a_missing_account_is_named(connect: Callable[..., Futu], opend: OpenD) 
 
 
 # --- refused before sending -----------------------------------------------------------------
+def test_accounts_refused_once_are_asked_for_on_a_new_connection(
+    connect: Callable[..., Futu], opend: OpenD, exchange: Exchange
+) -> None:
+    """The SDK goes on without them: with no pushes, and with the accounts of every firm."""
+    opend.accounts = (
+        Account(1, REAL, ("HK", "HKCC"), firm=1),
+        Account(2, REAL, ("US",), firm=2),
+    )
+    exchange.fault("accounts", FaultKind.REFUSE, text="服务器繁忙")
+    with pytest.raises(BrokerUnavailable, match="accounts"):
+        connect()
+    assert exchange.received("subscribe") == []
+    broker = connect()
+    with pytest.raises(Unsupported, match="no REAL account for region US"):
+        place(broker)
+    order_id = place(broker, HK)
+    told(broker).wait_for(
+        lambda: order_id in [report.order.order_id for report in told(broker).reports]
+    )
+
+
 @pytest.mark.parametrize(
     ("env", "contract", "changes", "words"),
     [
