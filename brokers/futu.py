@@ -40,6 +40,7 @@ from httptrading.brokers.futu_vocabulary import (
 from httptrading.brokers.registry import broker_register
 from httptrading.errors import (
     BrokerUnavailable,
+    HttpTradingError,
     OrderNotFound,
     OutcomeUnknown,
     RateLimited,
@@ -268,7 +269,7 @@ class Futu(BaseBroker):
         return order_id
 
     def cancel_order(self, order_id: str) -> None:
-        account = self._account_of.get(order_id)
+        known = account = self._account_of.get(order_id)
         if account is None:
             account = self._accounts[0] if len(self._accounts) == 1 else self._find(order_id)[1]
         try:
@@ -282,7 +283,12 @@ class Futu(BaseBroker):
                 price=0,
             )
         except Rejected as refused:
-            order = self._find(order_id)[0].order  # OrderNotFound says more than the refusal
+            try:
+                order = self._find(order_id)[0].order
+            except HttpTradingError as error:
+                if known is None and isinstance(error, OrderNotFound):
+                    raise  # says more than the refusal
+                raise refused from None
             if order.is_completed:
                 raise Rejected(f"The order is finished already: {refused.text}") from None
             raise

@@ -497,6 +497,32 @@ def test_cancelling(connect: Callable[..., Futu], exchange: Exchange, env: str) 
         broker.cancel_order("987654321")
 
 
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [(FaultKind.RATE_LIMIT, ""), (FaultKind.CUT, ""), (FaultKind.REFUSE, "系统错误")],
+)
+def test_a_refused_cancel_stays_one_whatever_looking_meets(
+    connect: Callable[..., Futu], exchange: Exchange, kind: FaultKind, text: str
+) -> None:
+    broker = connect()
+    order_id = place(broker)
+    exchange.fault("cancel", FaultKind.REFUSE, text="现在不能撤单")
+    exchange.fault("order", kind, text=text)
+    with pytest.raises(Rejected, match="现在不能撤单"):
+        broker.cancel_order(order_id)
+
+
+def test_an_order_placed_here_is_known_though_no_list_has_it_yet(
+    connect: Callable[..., Futu], exchange: Exchange
+) -> None:
+    """The SDK asks up to three times for one just placed (trade/open_trade_context.py:626)."""
+    broker = connect()
+    order_id = place(broker)
+    exchange.forget(order_id)
+    with pytest.raises(Rejected, match="订单不存在"):
+        broker.cancel_order(order_id)
+
+
 def test_an_order_of_another_account_is_not_cancelled(
     connect: Callable[..., Futu], exchange: Exchange
 ) -> None:
