@@ -144,7 +144,7 @@ class Futu(BaseBroker):
         self._context: Any = None
         self._accounts: list[Account] = []
         self._account_of: dict[str, Account] = {}  # order id → account
-        self._refreshed: set[str] = set()  # windows; of this connection
+        self._refreshed: set[tuple[str, int]] = set()  # what, account; of this connection
 
     def account_key(self) -> str:
         given = self._given
@@ -359,12 +359,7 @@ class Futu(BaseBroker):
         region = MARKET_OF_CURRENCY.get(currency, "")
         account = next((one for one in self._accounts if one.serves(region)), self._accounts[0])
         shown = "CNH" if currency == "CNY" else currency
-        rows = self._rows(
-            self._context.accinfo_query,
-            account,
-            refresh_cache=self._refresh("cash", account),
-            currency=shown,
-        )
+        rows = self._current("cash", self._context.accinfo_query, account, currency=shown)
         alone = len(account.markets) == 1 and account.serves(region)
         amount = parse_cash(rows[0], currency, alone)
         if amount is None:
@@ -377,11 +372,7 @@ class Futu(BaseBroker):
         found = [
             parse_position(row, self.broker_name, self.broker_display)
             for account in self._accounts
-            for row in self._rows(
-                self._context.position_list_query,
-                account,
-                refresh_cache=self._refresh("positions", account),
-            )
+            for row in self._current("positions", self._context.position_list_query, account)
         ]
         return [position for position in found if position is not None]
 
@@ -411,15 +402,17 @@ class Futu(BaseBroker):
     def _window(self, name: str, account: Account) -> str:
         return f"{name} {next((r for r in CURRENCIES if account.serves(r)), 'US')}"
 
-    def _refresh(self, name: str, account: Account) -> bool:
-        """True for the first request of a connection: later ones read OpenD's memory, which
-        pushes keep current and no limit holds back."""
-        window = self._window(name, account)
-        if window in self._refreshed:
-            return False
-        self.take(window)
-        self._refreshed.add(window)
-        return True
+    def _current(
+        self, name: str, function: Callable[..., Any], account: Account, **arguments: Any
+    ) -> list[dict[str, Any]]:
+        """Rows of OpenD's memory, which the first request of a connection refreshes: pushes keep it
+        current, and no limit holds the later ones back."""
+        first = (name, account.acc_id) not in self._refreshed
+        if first:
+            self.take(self._window(name, account))
+        rows = self._rows(function, account, refresh_cache=first, **arguments)
+        self._refreshed.add((name, account.acc_id))
+        return rows
 
     def _rows(
         self, function: Callable[..., Any], account: Account, **arguments: Any

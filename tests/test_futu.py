@@ -644,6 +644,33 @@ def test_only_the_first_reads_of_a_connection_cost_a_slot(
         assert refreshed == expected
 
 
+@pytest.mark.parametrize("name", ["positions", "cash"])
+def test_a_refresh_that_was_refused_is_asked_for_again(
+    connect: Callable[..., Futu], exchange: Exchange, name: str
+) -> None:
+    broker = connect()
+    exchange.fault(name, FaultKind.RATE_LIMIT)
+    with pytest.raises(RateLimited):
+        getattr(broker, name)()
+    for _ in range(2):
+        getattr(broker, name)()
+    asked = [request.fields.get("refreshCache") for request in exchange.received(name)]
+    assert asked == [True, True, None]
+
+
+def test_every_account_is_refreshed(
+    connect: Callable[..., Futu], opend: OpenD, exchange: Exchange
+) -> None:
+    opend.accounts = (Account(1, REAL, ("US",)), Account(2, REAL, ("HK", "US")))
+    broker = connect()
+    broker.positions()
+    asked = [
+        (request.fields["header"]["accID"], request.fields.get("refreshCache"))
+        for request in exchange.received("positions")
+    ]
+    assert asked == [(1, True), (2, True)]
+
+
 # --- quotes and markets ---------------------------------------------------------------------
 def test_quotes_of_three_markets(connect: Callable[..., Futu], exchange: Exchange) -> None:
     broker = connect(connection="quote")
