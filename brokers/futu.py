@@ -382,6 +382,8 @@ class Futu(BaseBroker):
         rows = self._ask(context.unpacked, context.get_market_snapshot, [to_code(contract)])
         if not rows or not rows[0]["update_time"]:
             raise Rejected(f"{self.broker_display} has no quote for {to_code(contract)}")
+        if not rows[0]["last_price"]:
+            raise Rejected(f"{self.broker_display} has no price for {to_code(contract)}")
         return parse_quote(rows[0], contract)
 
     def market_status(self) -> dict[str, dict[str, MarketStatus]]:

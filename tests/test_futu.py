@@ -685,6 +685,13 @@ def test_quotes_of_three_markets(connect: Callable[..., Futu], exchange: Exchang
     assert broker.market_status()["securities"]["HK"].origin_status == "MORNING"
 
 
+def test_no_price_is_not_zero(connect: Callable[..., Futu], exchange: Exchange) -> None:
+    """curPrice is a required field (Qot_GetSecuritySnapshot.proto): 0 before the first trade."""
+    exchange.quote("US", "AAPL", latest=Decimal(0))
+    with pytest.raises(Rejected, match="no price for US.AAPL"):
+        connect(connection="quote").quote(AAPL)
+
+
 def test_no_answer_becomes_a_table(
     connect: Callable[..., Futu], exchange: Exchange, tables: Callable[[], list[object]]
 ) -> None:
