@@ -540,7 +540,7 @@ class Moomoo(Futu):
 
 def _logged_in(state: Mapping[str, Any], connection: str) -> bool:
     login = state["qot_logined"] if connection == "quote" else state["trd_logined"]
-    return bool(login) and state["program_status_type"] in ("READY", "N/A")
+    return bool(login) and state["program_status_type"] in futu_sdk.READY
 
 
 def _fills_of(report: OrderReport, rows: list[dict[str, Any]]) -> list[Fill]:

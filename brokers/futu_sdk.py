@@ -35,6 +35,9 @@ OpenD's own pace otherwise (InitConnect's keepAliveInterval), which may be slowe
 NOT_SENT = {"Connect timeout", "Connection closed", "Context status bad"}
 """The SDK's texts that mean that no request left it (open_context_base.py:293-305)."""
 
+READY = ("READY", "N/A")
+"""The SDK's words for an OpenD that can be asked; an older one does not tell."""
+
 
 class _Unpacked(Exception):
     """Leaves a function of the SDK with what it got, before it does more with that."""
@@ -240,12 +243,17 @@ def row_handler(base: type, push: Any, on_row: Callable[[dict[str, Any], int], N
 
 
 def login_handler(sdk: Any, field: str, lost: Callable[[str], None]) -> Any:
-    """`lost` is told when OpenD loses the login named by `field` (Notify.proto ConnectStatus)."""
+    """`lost` is told when OpenD loses the login named by `field` (Notify.proto ConnectStatus), or
+    when the program itself is no longer ready (ProgramStatus: logged out, wants a code …)."""
 
     class Handler(sdk.SysNotifyHandlerBase):  # type: ignore[misc]
         def on_recv_rsp(self, rsp_pb: Any) -> Any:
             state = rsp_pb.s2c
-            if state.HasField("connectStatus") and not getattr(state.connectStatus, field):
+            out = state.HasField("connectStatus") and not getattr(state.connectStatus, field)
+            if state.HasField("programStatus"):
+                program = state.programStatus.programStatus.type
+                out = out or sdk.ProgramStatusType.to_string2(program) not in READY
+            if out:
                 lost("OpenD is no longer logged in")
             return super().on_recv_rsp(rsp_pb)
 

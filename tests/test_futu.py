@@ -913,6 +913,19 @@ def test_logged_out(connect: Callable[..., Futu], opend: OpenD, exchange: Exchan
     assert connect().ping() is True
 
 
+@pytest.mark.parametrize("connection", ["trade", "quote"])
+@pytest.mark.parametrize("status", [4, 11])  # NeedPhoneVerifyCode, ForceLogout
+def test_a_program_that_is_not_ready_is_not_logged_in(
+    connect: Callable[..., Futu], opend: OpenD, connection: str, status: int
+) -> None:
+    """Else OpenD would go on telling what it remembers of the account."""
+    broker = connect(connection=connection)
+    opend.notify_program(10)  # Ready
+    opend.notify_program(status)
+    told(broker).wait_for(lambda: told(broker).losses)
+    assert told(broker).losses == ["OpenD is no longer logged in"]
+
+
 def test_a_key_that_is_none(opend: OpenD, tmp_path: Path) -> None:
     """In a process of its own: the SDK holds one key per process."""
     path = tmp_path / "not-a-key"

@@ -776,6 +776,12 @@ class OpenD:
         status = {"qotLogined": self.logged_in, "trdLogined": self.logged_in}
         self._tell(NOTIFY, "Notify", None, type=3, connectStatus=status)
 
+    def notify_program(self, status: int) -> None:
+        """OpenD tells everybody its own state (Common.proto ProgramStatusType)."""
+        self._tell(
+            NOTIFY, "Notify", None, type=2, programStatus={"programStatus": {"type": status}}
+        )
+
     def _tell(self, proto: int, name: str, account: int | None, **values: Any) -> None:
         response = _load(name).Response(retType=0)
         _fill(response.s2c, values)
