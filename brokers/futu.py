@@ -456,6 +456,10 @@ class Futu(BaseBroker):
                 words += ". unlock_pin is not tried again before the service is restarted"
                 (self.data_dir / PIN_REFUSAL).write_text(f"{self._life}\n{words}", "utf-8")
             raise Rejected(words) from None
+        except TimedOut:
+            raise BrokerUnavailable(
+                "OpenD did not answer when asked to unlock trading; nothing was sent to the market"
+            ) from None
 
     def _refused_pin(self) -> str:
         """OpenD's words when it refused the pin to a copy of this prototype, in whatever process:
@@ -504,7 +508,12 @@ class Futu(BaseBroker):
         if LOCKED.search(words):
             return _Locked(words)
         if check_login:
-            self._check_login()
+            try:
+                self._check_login()
+            except BrokerUnavailable:
+                raise
+            except HttpTradingError:
+                pass  # what OpenD said first stands
         return Rejected(words or "OpenD refused without giving a reason")
 
     # --- pushes, on the SDK's callback thread -------------------------------------------------

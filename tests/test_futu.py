@@ -777,6 +777,31 @@ def test_what_a_failure_means_for_an_order(
 
 
 @pytest.mark.parametrize(
+    ("kind", "text"),
+    [(FaultKind.CUT, ""), (FaultKind.REFUSE, "系统错误"), (FaultKind.RATE_LIMIT, "")],
+)
+def test_a_refusal_stands_whatever_the_look_at_the_login_meets(
+    connect: Callable[..., Futu], exchange: Exchange, kind: FaultKind, text: str
+) -> None:
+    broker = connect()
+    exchange.fault("place", FaultKind.REFUSE, text="购买力不足")
+    exchange.fault("ping", kind, text=text)
+    with pytest.raises(Rejected, match="购买力不足"):
+        place(broker)
+
+
+def test_an_order_is_not_sent_when_unlocking_gets_no_answer(
+    connect: Callable[..., Futu], opend: OpenD, exchange: Exchange
+) -> None:
+    opend.locked = True
+    broker = connect(unlock_pin=PIN_MD5)
+    exchange.fault("unlock", FaultKind.CUT)
+    with pytest.raises(BrokerUnavailable, match="nothing was sent"):
+        place(broker)
+    told(broker).wait_for(lambda: told(broker).losses)
+
+
+@pytest.mark.parametrize(
     ("ret_type", "words"),
     [
         (-100, ""),
