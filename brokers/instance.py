@@ -688,11 +688,13 @@ class Instance:
     def cancel_all(self, deadline: float) -> list[tuple[str, HttpTradingError | None]]:
         """Cancels every open order; each order id with None or why it was not cancelled.
 
-        Orders whose outcome is not known have no id yet ("") and are among those not cancelled.
+        Orders whose outcome is not known have no id yet ("") and are among those not cancelled, as
+        are those of others when a used-up limit of the lists leaves only what the journal knows.
         """
         self._check_writable()
         answers: list[tuple[str, HttpTradingError | None]] = []
-        for order in self._open_orders(deadline):
+        orders, unlisted = self._open_orders(deadline)
+        for order in orders:
             if order.is_pending_cancel:
                 answers.append((order.order_id, None))
                 continue
@@ -707,14 +709,23 @@ class Instance:
         with suppress(Busy):
             for row in self._journal.unsettled(self.id):
                 answers.append(("", self._unsettled(row)))
+        if unlisted is not None:
+            words = f"Only orders known here were cancelled, others may be open: {unlisted.text}"
+            answers.append(("", RateLimited(words)))
         return answers
 
-    def _open_orders(self, deadline: float) -> list[Order]:
-        """The broker's and the journal's; a journal that cannot be used holds nothing up."""
+    def _open_orders(self, deadline: float) -> tuple[list[Order], RateLimited | None]:
+        """The broker's and the journal's, and why only the journal's; a journal that cannot be used
+        holds nothing up, nor does a limit of the broker's lists what is known without them."""
         found: dict[str, Order] = {}
+        unlisted: RateLimited | None = None
         if self.lists_orders:
             seen = time.time()
-            reports = self.list_recent(deadline)
+            reports: list[OrderReport] = []
+            try:
+                reports = self.list_recent(deadline)
+            except RateLimited as error:
+                unlisted = error
             found = {report.order.order_id: report.order for report in reports}
             soon = min(deadline, time.monotonic() + WRITE_SECONDS)
             with suppress(Busy):
@@ -730,7 +741,10 @@ class Instance:
             rows = []
         for row in rows:
             found.setdefault(row.order_id, row.order)
-        return [order for order in found.values() if order.order_id and not order.is_completed]
+        orders = [order for order in found.values() if order.order_id and not order.is_completed]
+        if unlisted is not None and not orders:
+            raise unlisted
+        return orders, unlisted
 
     # --- orders -------------------------------------------------------------------------------
     def order(

@@ -156,6 +156,21 @@ def test_cancels_keep_their_own_window_and_gap(
     assert opend.violations == []
 
 
+def test_a_list_asked_for_too_often_does_not_hold_up_cancel_all(
+    serve: Callable[..., list[Callable[[], Trader]]], opend: OpenD, exchange: Exchange
+) -> None:
+    (client,) = serve(instance(opend))
+    trader = connected(client())
+    order_ids = {trader.placed(ORDER) for _ in range(2)}
+    assert [trader.orders() for _ in range(11)][-1].code == "RATE_LIMITED"
+    *nodes, rest = trader.post("order/cancel-all", {})["orders"]
+    assert {node["orderId"] for node in nodes if node["requested"]} == order_ids
+    assert (rest["orderId"], rest["requested"]) == ("", False)
+    assert "others may be open" in rest["ex"]
+    assert all(order.status.is_final for order in exchange.orders.values())
+    assert opend.violations == []
+
+
 def test_the_order_repeated_after_unlocking_is_counted(
     opend: OpenD, exchange: Exchange, serve: Callable[..., Any]
 ) -> None:
