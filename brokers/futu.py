@@ -270,8 +270,12 @@ class Futu(BaseBroker):
 
     def cancel_order(self, order_id: str) -> None:
         known = account = self._account_of.get(order_id)
-        if account is None:
-            account = self._accounts[0] if len(self._accounts) == 1 else self._find(order_id)[1]
+        if account is None and len(self._accounts) == 1:
+            account = self._accounts[0]
+        try:
+            account = account or self._find(order_id)[1]
+        except TimedOut:
+            raise BrokerUnavailable("OpenD did not tell whose it is; nothing was sent") from None
         try:
             self._change(
                 "cancel",

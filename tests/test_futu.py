@@ -540,6 +540,17 @@ def test_a_copy_that_never_saw_the_order_cancels_it_at_its_account(
     assert exchange.orders[order_id].status is OrderStatus.CANCELED
 
 
+def test_a_cancel_is_not_sent_when_nobody_tells_the_orders_account(
+    connect: Callable[..., Futu], exchange: Exchange
+) -> None:
+    order_id = place(connect(trade_env="SIMULATE"), SHANGHAI)
+    broker = connect(trade_env="SIMULATE")
+    exchange.fault("order", FaultKind.CUT)
+    with pytest.raises(BrokerUnavailable, match="nothing was sent"):
+        broker.cancel_order(order_id)
+    assert exchange.received("cancel") == []
+
+
 # --- unlocking ------------------------------------------------------------------------------
 def test_trading_is_unlocked_when_opend_asks_for_it(
     connect: Callable[..., Futu], opend: OpenD, exchange: Exchange
