@@ -317,7 +317,8 @@ def parse_accounts(rows: Iterable[Mapping[str, Any]], env: str, acc_id: int) -> 
     """The accounts orders go to: for each region the first active one of this environment that
     trades stocks there. What lies in others is not shown, since it cannot be sold from here.
 
-    SIMULATE lists accounts for options, futures and competitions beside those for stocks.
+    SIMULATE lists accounts for options, futures and competitions beside those for stocks, FUTUJP
+    one for derivatives, which has the US for its options.
     """
     fit = [
         Account(int(row["acc_id"]), tuple(row["trdmarket_auth"]))
@@ -325,6 +326,7 @@ def parse_accounts(rows: Iterable[Mapping[str, Any]], env: str, acc_id: int) -> 
         if row["trd_env"] == env
         and row["acc_status"] != "DISABLED"
         and row["acc_role"] != "IPO"
+        and row["acc_type"] != "DERIVATIVES"
         and (env == "REAL" or row["sim_acc_type"] in ("STOCK", "STOCK_AND_OPTION", "N/A"))
         and (not acc_id or int(row["acc_id"]) == acc_id)
     ]

@@ -253,6 +253,22 @@ def test_the_account_asked_for_is_used(
     assert exchange.orders[order_id].account == str(account)
 
 
+def test_a_japanese_account_for_derivatives_is_not_one_for_stocks(
+    connect: Callable[..., Futu], opend: OpenD, exchange: Exchange
+) -> None:
+    """It trades options on US stocks, so it has the market (intro.html of moomoo in Japan)."""
+    opend.accounts = (
+        Account(51, REAL, ("US",), firm=7, acc_type=6),
+        Account(52, REAL, ("US",), firm=7, acc_type=1),
+    )
+    broker = connect()
+    order_id = place(broker)
+    broker.positions()
+    assert exchange.orders[order_id].account == "52"
+    asked = [request.fields["header"]["accID"] for request in exchange.received("positions")]
+    assert asked == [52]
+
+
 def test_a_missing_account_is_named(connect: Callable[..., Futu], opend: OpenD) -> None:
     with pytest.raises(BrokerUnavailable, match="no REAL account with this acc_id"):
         connect(acc_id=1)

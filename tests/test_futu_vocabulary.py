@@ -250,6 +250,7 @@ def account_row(acc_id: int, markets: list[str], **changes: Any) -> dict[str, An
     return {
         "acc_id": acc_id,
         "trd_env": "SIMULATE",
+        "acc_type": "MARGIN",
         "acc_status": "ACTIVE",
         "acc_role": "NORMAL",
         "sim_acc_type": "STOCK",

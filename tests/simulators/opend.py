@@ -116,6 +116,7 @@ class Account:
     sim_type: int = 0  # 1 stock, 2 option, 4 stock and option
     firm: int = 1  # FUTUSECURITIES
     active: bool = True
+    acc_type: int = 2  # margin; 1 cash, 6 derivatives (of FUTUJP)
 
 
 ACCOUNTS = (
@@ -514,7 +515,7 @@ class OpenD:
                     "trdEnv": account.env,
                     "accID": account.acc_id,
                     "trdMarketAuthList": [MARKETS[market] for market in account.markets],
-                    "accType": 2,
+                    "accType": account.acc_type,
                     "securityFirm": account.firm,
                     "simAccType": account.sim_type,
                     "accStatus": 0 if account.active else 1,
