@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from flask import Blueprint, Request, Response, request
+from flask.blueprints import BlueprintSetupState
 
 from httptrading.app import account, compat, market, order
 from httptrading.app.answers import (
@@ -44,6 +45,14 @@ from httptrading.schemas.response import OrderNode
 log = logging.getLogger("httptrading.access")
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
+
+
+class EveryMethod(set[str]):
+    """A rule's methods, with all that there is besides those listed (PROPFIND, say); Flask itself
+    knows only lists, and answers what is missing in HTML."""
+
+    def __contains__(self, method: object) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -173,6 +182,7 @@ def log_request(method: str, path: str, **fields: object) -> None:
 def make_blueprint(service: Service, url_prefix: str) -> Blueprint:
     """Every route answers every method itself, so that a stranger learns nothing from a 405."""
     blueprint = Blueprint("httptrading", __name__, url_prefix=url_prefix)
+    endpoints: list[str] = []
 
     def add(rule: str, endpoint: str, view: Callable[..., Response]) -> None:
         blueprint.add_url_rule(
@@ -183,6 +193,13 @@ def make_blueprint(service: Service, url_prefix: str) -> Blueprint:
             provide_automatic_options=False,
             merge_slashes=False,  # a doubled slash is another path, and no redirection
         )
+        endpoints.append(endpoint)
+
+    def take_every_method(state: BlueprintSetupState) -> None:
+        for endpoint in endpoints:
+            full = f"{state.name_prefix}.{state.name}.{endpoint}".lstrip(".")
+            for rule in state.app.url_map.iter_rules(full):
+                rule.methods = EveryMethod(METHODS)
 
     for path in ROUTES:
         name = path.replace("/", "_").replace("-", "_")
@@ -192,6 +209,7 @@ def make_blueprint(service: Service, url_prefix: str) -> Blueprint:
         "unknown",
         lambda instance_id, path: _view(service, path)(instance_id),
     )
+    blueprint.record(take_every_method)
     blueprint.add_url_rule("/healthz", "healthz", lambda: json_answer({"status": "ok"}))
     blueprint.add_url_rule("/metrics", "metrics", service.metrics_page)
     documents: dict[str, str] = {}

@@ -259,7 +259,9 @@ def strangers(on: Stage) -> list[tuple[str, dict[str, str]]]:
 ROUTES = ["ping/state", "order/place", "order/cancel-all", "no/such/route", "cash"]
 
 
-@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "OPTIONS", "TRACE", "DELETE"])
+@pytest.mark.parametrize(
+    "method", ["GET", "POST", "PUT", "OPTIONS", "TRACE", "DELETE", "PROPFIND", "NOSUCH"]
+)
 def test_strangers_all_get_the_same_answer(on: Stage, method: str) -> None:
     seen = set()
     for route in ROUTES:
@@ -274,7 +276,7 @@ def test_strangers_all_get_the_same_answer(on: Stage, method: str) -> None:
 
 
 def test_a_stranger_learns_no_method_from_405(on: Stage) -> None:
-    for method in ("OPTIONS", "PUT", "TRACE"):
+    for method in ("OPTIONS", "PUT", "TRACE", "PROPFIND", "NOSUCH"):
         mine = raw(on, url(on, "cash/state"), method, token(on))
         assert mine.status_code == 405
         assert mine.headers["Allow"] == "GET"
