@@ -22,7 +22,7 @@ LARGEST_BODY = 64 * 1024
 SHORTEST_DEADLINE, LONGEST_DEADLINE = 1.0, 30.0
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-_SECONDS = re.compile(r"[0-9]{1,3}(\.[0-9]{1,6})?")
+_SECONDS = re.compile(r"[0-9]{1,3}(\.[0-9]{1,20})?")
 
 _Loaded = TypeVar("_Loaded")
 
