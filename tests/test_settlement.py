@@ -766,6 +766,16 @@ def test_cancel_all_takes_no_choice(on: Stage, text: str, status: int) -> None:
     assert trader.order(order_id)["isCompleted"] is False
 
 
+def test_cancel_all_takes_no_choice_in_a_query_either(on: Stage) -> None:
+    trader = on.trader()
+    order_id = trader.placed(LIMIT_ORDER)
+    query = {"region": "HK", "ticker": "00700"}
+    answer = trader.request("POST", "order/cancel-all", query=query)
+    assert (answer.status, set(answer.error["fields"])) == (400, {"region", "ticker"}), answer
+    assert "cancel_order" not in [call.operation for call in list(on.script.received)]
+    assert trader.order(order_id)["isCompleted"] is False
+
+
 def test_cancel_all_needs_no_body(on: Stage) -> None:
     trader = on.trader()
     order_id = trader.placed(LIMIT_ORDER)
