@@ -136,6 +136,8 @@ class PositionQuery(Schema):
     def canonical(self, data: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """{"region": …, "ticker": …}, either of them None."""
         region, ticker = data.get("region"), data.get("ticker", data.get("symbol"))
+        if data.get("symbol", ticker) != ticker:
+            raise ValidationError("differs from ticker; give one of them", "symbol")
         if ticker is not None:
             if region is None:
                 raise ValidationError("needs region beside it", "ticker")

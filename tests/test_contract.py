@@ -531,7 +531,13 @@ def test_query_parameters(on: Stage) -> None:
     assert held(region="HK", ticker="700", tradeType="Securities") == ["00700"]
     assert held(region="US", symbol="aapl") == ["AAPL"]
     assert held(region="CN", ticker="000001") == []
-    for bad in ({"ticker": "AAPL"}, {"region": "XX"}, {"tradeType": "Crypto"}):
+    assert held(region="US", symbol="AAPL", ticker="AAPL") == ["AAPL"]
+    for bad in (
+        {"ticker": "AAPL"},
+        {"region": "XX"},
+        {"tradeType": "Crypto"},
+        {"region": "US", "ticker": "AAPL", "symbol": "MSFT"},
+    ):
         check_error(trader.get("position/state", **bad), 400, "INVALID_REQUEST")
     for currency in ("usd", "US", "USDX", ""):
         check_error(trader.cash(currency), 400, "INVALID_REQUEST")
