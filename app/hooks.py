@@ -17,7 +17,7 @@ from typing import Any
 
 from gunicorn.workers.gthread import ThreadWorker
 
-from httptrading.app.logs import flush_logs, log_aside, secrets_of
+from httptrading.app.logs import flush_logs, log_aside, quotes_no_request, secrets_of
 from httptrading.brokers.gateway import Gateway
 
 WORKER_CLASS = "httptrading.app.gthread.Worker"
@@ -75,6 +75,7 @@ def post_worker_init(worker: Any) -> None:
     """
     gateway = _gateway(worker)
     log_aside(secrets_of(gateway.settings.values()))
+    worker.log.error_log.addFilter(quotes_no_request)
     gateway.start()
     gc.collect()
     gc.freeze()  # what is loaded now stays: looking at it again would stop all threads for 20 ms

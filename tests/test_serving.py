@@ -298,6 +298,21 @@ def test_the_log_is_json_without_secrets(service: Service) -> None:
         assert secret not in service.log
 
 
+def test_gunicorns_log_quotes_no_request(service: Service) -> None:
+    """A path that is not encoded, and headers that are none; the client is told what is wrong."""
+    before = service.log.count("Invalid request from")
+    for text, told in (
+        (f"GET {API}/market/quote?ticker=腾讯 HTTP/1.1\r\n\r\n", b"Invalid Request Line"),
+        (f"GET {API}/market/quote?ticker=BRK B HTTP/1.1\r\n\r\n", b"Invalid HTTP Version"),
+        (f"GET / HTTP/1.1\r\nHT-TOKEN {TOKEN}\r\n\r\n", b"Invalid HTTP Header"),
+        (f"GET / HTTP/1.1\r\nHT-TOKEN={TOKEN}: it's\r\n\r\n", b"Invalid HTTP header name"),
+    ):
+        answer = raw(service.port, text.encode())
+        assert answer.startswith(b"HTTP/1.1 400 ") and told in answer
+    wait_for(lambda: service.log.count("Invalid request from") == before + 4, "the warnings")
+    assert ID not in service.log and TOKEN not in service.log
+
+
 def test_a_second_process_for_the_same_accounts_is_refused(service: Service) -> None:
     folder = Path(service._log.parent)
     port = free_port()
