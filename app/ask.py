@@ -70,7 +70,8 @@ class Ask:
         order_node: type[Schema],
     ) -> None:
         """Both differ under `compat="1.0"`: `reword` puts a body into the words of today, and
-        unknown keys are ignored then; `order_node` is how an order is worded."""
+        unknown keys and the body's content type are ignored then; `order_node` is how an order is
+        worded."""
         self.request = request
         self.instance = instance
         self.broker = instance.broker
@@ -105,7 +106,8 @@ class Ask:
     def body(self, schema: type[Schema], kind: type[_Loaded]) -> _Loaded:
         """The JSON body, loaded; every bad field is named."""
         mimetype = self.request.mimetype
-        if mimetype != "application/json" and not mimetype.endswith("+json"):
+        is_json = mimetype == "application/json" or mimetype.endswith("+json")
+        if self.reword is None and not is_json:
             raise WrongContentType("Send the body as JSON, with Content-Type: application/json.")
         # One more than allowed: of a chunked body werkzeug returns so much and says nothing.
         self.request.max_content_length = LARGEST_BODY + 1

@@ -2,7 +2,8 @@
 
 One layer over the finished answer: HTTP 200 with `ex` for every error after authentication,
 `symbol` beside `ticker`, `canceled: true` on cancel, `isCancelable` on orders, amounts with a
-fraction; and under its input. (Unknown body keys are ignored where the body is loaded.)
+fraction; and under its input. (Unknown body keys are ignored where the body is loaded, and so is
+its content type: 1.0 asked aiohttp's `request.json()`, which looks at the text alone.)
 """
 
 from __future__ import annotations

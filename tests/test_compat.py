@@ -193,6 +193,18 @@ def test_an_order_id_may_be_a_number(on: Stage) -> None:
     assert on.script.calls("cancel_order")[0].arguments == {"order_id": "69788888"}
 
 
+@pytest.mark.parametrize("kind", ["", "text/plain; charset=utf-8", "application/octet-stream"])
+def test_a_body_is_json_whatever_its_content_type_says(on: Stage, kind: str) -> None:
+    """`requests.post(url, data=json.dumps(body))` names none, for one."""
+    trader, headers = on.trader(), {"Content-Type": kind}
+    text = json.dumps(OF_1_0)
+    answer = body_of(trader.request("POST", "order/place", text=text, headers=headers))
+    assert answer["ex"] is None and answer["args"] == OF_1_0
+    text = json.dumps({"orderId": answer["orderId"]})
+    answer = body_of(trader.request("POST", "order/cancel", text=text, headers=headers))
+    same(answer, {"ex": None, "canceled": True})
+
+
 BAD: list[dict[str, Any]] = [
     {"qty": 0},
     {"qty": "12"},
