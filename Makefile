@@ -21,6 +21,9 @@ AT_ONCE := -n $(WORKERS) --dist worksteal
 MINUTES ?= 5
 ORDERS ?= 10000
 
+# Half a virtual environment (Debian without python3-venv makes one) is no environment.
+.DELETE_ON_ERROR:
+
 .PHONY: help run test check deploy-test torture soak bench clean
 
 help: ## this list

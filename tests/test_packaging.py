@@ -167,3 +167,16 @@ def test_it_works_beside_a_package_called_app(environment: Path, tmp_path: Path)
         assert run(environment / "bin" / "python", "host.py", cwd=tmp_path) == "served\n"
     finally:
         borrowed.unlink()
+
+
+def test_make_leaves_no_half_made_environment(tmp_path: Path) -> None:
+    """Debian without python3-venv: the environment's python is there, pip is not, and venv fails.
+    Whoever then installs python3-venv and says `make run` again would be told "No module named
+    pip" for ever."""
+    debian = tmp_path / "python3"
+    debian.write_text('#!/bin/sh\nmkdir -p "$3/bin" && touch "$3/bin/python"\nexit 1\n')
+    debian.chmod(0o755)
+    target = tmp_path / "venv" / "bin" / "python"
+    command = ["make", f"VENV={tmp_path}/venv", f"PYTHON={debian}", str(target)]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60).returncode != 0
+    assert not target.exists()
