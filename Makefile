@@ -32,6 +32,9 @@ help: ## this list
 run: $(CORE) ## start the service on http://127.0.0.1:8080 (PORT=…, HTTPTRADING_CONFIG=…)
 	@HTTPTRADING_SHOW_TOKEN=1 $(if $(PORT),HTTPTRADING_PORT=$(PORT)) exec $(BIN)/gunicorn
 
+# Compiled once and kept, whatever the caller's environment says: each worker and each service that
+# the tests start would compile everything anew.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(ALL) $(IB_ASYNC)/.installed check ## linters, types and the whole test suite
 	$(BIN)/python -m pytest -q $(AT_ONCE)
 	$(IB_ASYNC)/bin/python -m pytest -q $(AT_ONCE) $(IB_TESTS)
