@@ -36,7 +36,9 @@ class JsonLines(logging.Formatter):
 
     def __init__(self, secrets: Iterable[str]) -> None:
         super().__init__()
-        self._secrets = sorted({s for s in secrets if len(s) >= _SHORTEST_SECRET}, key=len)[::-1]
+        # As they stand in JSON text, in which they are looked for: a quote has a backslash there.
+        spelled = {_to_json(s)[1:-1] for s in secrets if len(s) >= _SHORTEST_SECRET}
+        self._secrets = sorted(spelled, key=len)[::-1]
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {

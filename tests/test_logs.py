@@ -56,6 +56,18 @@ def test_lines_in_their_order_and_without_secrets(logger: logging.Logger) -> Non
     assert [line["status"] for line in found] == list(range(100))
 
 
+@pytest.mark.parametrize(
+    "secret", ['pass"word', "back\\slash", "-----BEGIN KEY-----\nMIIEvQ\n", "密码密码密码"]
+)
+def test_secrets_are_found_as_json_spells_them(logger: logging.Logger, secret: str) -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonLines([secret]))
+    logger.addHandler(handler)
+    logger.info("before %s after", secret)
+    assert [line["event"] for line in lines(stream.getvalue())] == ["before *** after"]
+
+
 def test_a_record_that_makes_no_sense_ends_nothing(
     logger: logging.Logger, capsys: pytest.CaptureFixture[str]
 ) -> None:
