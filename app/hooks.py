@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import queue
 import signal
@@ -75,7 +76,7 @@ def post_worker_init(worker: Any) -> None:
     """
     gateway = _gateway(worker)
     log_aside(secrets_of(gateway.settings.values()))
-    worker.log.error_log.addFilter(quotes_no_request)
+    logging.getLogger("gunicorn.error").addFilter(quotes_no_request)
     gateway.start()
     gc.collect()
     gc.freeze()  # what is loaded now stays: looking at it again would stop all threads for 20 ms
