@@ -70,8 +70,8 @@ class Ask:
         order_node: type[Schema],
     ) -> None:
         """Both differ under `compat="1.0"`: `reword` puts a body into the words of today, and
-        unknown keys and the body's content type are ignored then; `order_node` is how an order is
-        worded."""
+        unknown keys, the body's content type and a query beside it are ignored then; `order_node`
+        is how an order is worded."""
         self.request = request
         self.instance = instance
         self.broker = instance.broker
@@ -99,12 +99,23 @@ class Ask:
     def query(self, schema: type[Schema], kind: type[_Loaded]) -> _Loaded:
         return _of_kind(_load_query(schema, tuple(self.request.args.items(multi=True))), kind)
 
+    def refuse_query(self) -> None:
+        """Of a route that takes none: a clientOrderId or a region that stands there would be
+        overlooked."""
+        if names := sorted(self.request.args):
+            raise InvalidRequest(
+                f"This route takes no query, and this one names {', '.join(names)}.",
+                {name: ["must stand in the body, if at all"] for name in names},
+            )
+
     @property
     def has_body(self) -> bool:
         return bool(self.request.content_length) or "Transfer-Encoding" in self.request.headers
 
     def body(self, schema: type[Schema], kind: type[_Loaded]) -> _Loaded:
         """The JSON body, loaded; every bad field is named."""
+        if self.reword is None:
+            self.refuse_query()
         mimetype = self.request.mimetype
         is_json = mimetype == "application/json" or mimetype.endswith("+json")
         if self.reword is None and not is_json:

@@ -75,7 +75,7 @@ def cancel(ask: Ask) -> dict[str, Any]:
 
 
 def cancel_all(ask: Ask) -> dict[str, Any]:
-    ask.query(CancelAll, dict)
+    ask.refuse_query()
     if ask.has_body:
         ask.body(CancelAll, dict)
     return {

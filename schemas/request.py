@@ -1,7 +1,6 @@
 """What comes in: bodies and queries of the routes, loaded into the model's objects.
 
-Bodies refuse unknown keys (a misspelt `price` must not become a market order); queries of reading
-routes ignore them.
+Bodies refuse unknown keys (a misspelt `price` must not become a market order); queries ignore them.
 What is wrong with a field is told as a predicate: the answer's `ex` puts its name before that.
 """
 
@@ -214,8 +213,8 @@ class CancelOrder(_OrderNameFields):
 
 
 class CancelAll(Schema):
-    """The body and the query of order/cancel-all, which has no choice to offer: whoever names a
-    region or a ticker is told so, before every order is cancelled."""
+    """The body of order/cancel-all, which has no choice to offer: whoever names a region or a
+    ticker is told so, before every order is cancelled."""
 
     class Meta:
         unknown = RAISE

@@ -779,6 +779,18 @@ def test_bad_bodies_reach_no_broker(on: Stage, route: str, body: bytes) -> None:
     assert not asked(on)
 
 
+@pytest.mark.parametrize("route", ["order/place", "order/cancel"])
+def test_what_stands_in_a_query_beside_a_body_is_not_overlooked(on: Stage, route: str) -> None:
+    """An order whose name was, would be placed again when the request is repeated."""
+    body = {"orderId": "1"} if route == "order/cancel" else LIMIT_ORDER
+    answer = on.trader().request(
+        "POST", route, query={"clientOrderId": "mine-1"}, text=json.dumps(body)
+    )
+    check_error(answer, 400, "INVALID_REQUEST")
+    assert set(answer.error["fields"]) == {"clientOrderId"}
+    assert not asked(on)
+
+
 @pytest.mark.parametrize("query", ["orderId=1&orderId=2", "orderId=1&orderId=1"])
 def test_a_parameter_given_twice(on: Stage, query: str) -> None:
     response = raw(on, url(on, "order/state") + "?" + query, "GET", token(on))
