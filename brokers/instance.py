@@ -251,6 +251,7 @@ class Instance:
         broker_class = type(self.broker)
         combinations = self.broker.combinations
         regions = self.broker.quote_regions
+        writes = () if self.settings.read_only else ("place_order", "cancel_order")
         return InstanceState(
             connections=tuple(
                 ConnectionState(name, worker.state, worker.queued(), worker.child_memory())
@@ -258,9 +259,7 @@ class Instance:
             ),
             windows=self.windows.state(),
             operations=tuple(
-                operation
-                for operation in (*READS, "place_order", "cancel_order")
-                if offers(broker_class, operation)
+                operation for operation in (*READS, *writes) if offers(broker_class, operation)
             ),
             combinations=None if combinations is None else tuple(sorted(combinations, key=str)),
             quote_regions=None if regions is None else tuple(sorted(regions)),

@@ -835,6 +835,8 @@ def test_cancel_all_tells_of_what_it_cannot_reach(tmp_path: Path) -> None:
 
 def test_read_only(tmp_path: Path) -> None:
     with stage(tmp_path, read_only=True) as on:
+        offered = on.trader().get("instance/state")["state"]["operations"]
+        assert "cash" in offered and not {"place_order", "cancel_order"} & set(offered)
         on.ready()
         trader = on.trader()
         for answer in (
