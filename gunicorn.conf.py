@@ -15,9 +15,9 @@ from httptrading.brokers.gateway import Gateway
 
 try:
     settings = load_settings(None, os.environ)
+    log_to_stderr(secrets_of(settings.instances))
 except ConfigurationError as error:
     sys.exit(f"httptrading: {error}")
-log_to_stderr(secrets_of(settings.instances))
 
 # --- what runs ---------------------------------------------------------------------------------
 wsgi_app = "wsgi:app"

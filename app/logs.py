@@ -18,6 +18,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
+from httptrading.app.config import ConfigurationError
 from httptrading.brokers.settings import InstanceSettings
 
 _FIELDS = ("request_id", "instance", "status", "outcome", "milliseconds")
@@ -115,7 +116,7 @@ class WrittenAside(logging.StreamHandler[TextIO]):
 
 
 def log_to_stderr(secrets: Iterable[str] = ()) -> None:
-    """`HTTPTRADING_LOG_LEVEL` (default INFO) decides how much."""
+    """`HTTPTRADING_LOG_LEVEL` (default INFO) decides how much; ConfigurationError for no level."""
     _log_with(logging.StreamHandler(sys.stderr), secrets)
 
 
@@ -125,11 +126,15 @@ def log_aside(secrets: Iterable[str] = ()) -> None:
 
 
 def _log_with(handler: logging.Handler, secrets: Iterable[str]) -> None:
-    handler.setFormatter(JsonLines(secrets))
     logger = logging.getLogger("httptrading")
+    try:
+        logger.setLevel(os.environ.get("HTTPTRADING_LOG_LEVEL", "INFO").upper())
+    except ValueError:
+        known = "DEBUG, INFO, WARNING, ERROR or CRITICAL"
+        raise ConfigurationError([f"HTTPTRADING_LOG_LEVEL must be {known}"]) from None
+    handler.setFormatter(JsonLines(secrets))
     logger.handlers[:] = [handler]
     logger.propagate = False
-    logger.setLevel(os.environ.get("HTTPTRADING_LOG_LEVEL", "INFO").upper())
 
 
 def quotes_no_request(record: logging.LogRecord) -> bool:

@@ -14,7 +14,8 @@ from typing import Any, TextIO
 import pytest
 
 from acceptance.kit import wait_for
-from httptrading.app.logs import MOST_WAITING, JsonLines, WrittenAside
+from httptrading.app.config import ConfigurationError
+from httptrading.app.logs import MOST_WAITING, JsonLines, WrittenAside, log_to_stderr
 
 
 @pytest.fixture
@@ -102,3 +103,11 @@ def test_a_closed_log_is_no_error(logger: logging.Logger, tmp_path: Path) -> Non
     stream.close()
     logger.info("to nobody")
     handler.flush()
+
+
+def test_a_level_that_is_none_is_named(
+    logger: logging.Logger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTPTRADING_LOG_LEVEL", "loud")
+    with pytest.raises(ConfigurationError, match="HTTPTRADING_LOG_LEVEL must be DEBUG, INFO"):
+        log_to_stderr()
