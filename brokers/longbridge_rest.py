@@ -9,6 +9,7 @@ renewed token. The signature is the documented one (open.longportapp.com/docs/ho
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import json
@@ -99,14 +100,14 @@ class LongPortRest:
             self._streams = None
 
     async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        if self._streams is not None:
-            reader, writer = self._streams
-            idle = time.monotonic() - self._answered > IDLE_SECONDS
-            # Closed by the other side while idle, which is no reason to risk an order on it.
-            if not (idle or reader.at_eof() or writer.is_closing() or reader.exception()):
-                return self._streams
-            self.close()
         try:
+            if self._streams is not None:
+                reader, writer = self._streams
+                idle = time.monotonic() - self._answered > IDLE_SECONDS
+                # Closed by the other side while idle, which is no reason to risk an order on it.
+                if not (idle or writer.is_closing()) and await is_quiet(reader):
+                    return self._streams
+                self.close()
             async with asyncio.timeout(CONNECT_SECONDS):
                 self._streams = await open_streams(self._url.scheme, *address(self._url.netloc))
         except asyncio.CancelledError:
@@ -182,6 +183,15 @@ async def open_streams(
         writer.transport.abort()
         raise
     return reader, writer
+
+
+async def is_quiet(reader: asyncio.StreamReader) -> bool:
+    """Whether nothing came since the last answer: no end, and nothing that would be taken for the
+    next answer (RFC 9112, 9.2), like a proxy's 408 to an idle connection."""
+    with contextlib.suppress(OSError):
+        async with asyncio.timeout(0) as at_once:
+            await reader.read(1)
+    return at_once.expired()
 
 
 async def read_answer(reader: asyncio.StreamReader) -> tuple[int, bytes, bool]:

@@ -245,6 +245,29 @@ def test_a_connection_closed_while_idle_is_not_used(server: LongPort) -> None:
     run(work)
 
 
+@pytest.mark.parametrize(
+    "stray",
+    [
+        answer("408 Request Timeout\r\nContent-Length: 0\r\nConnection: close", b""),
+        answer(f"200 OK\r\nContent-Length: {len(OK)}", OK.replace(b"1", b"2")),
+        b"\r\n",
+    ],
+)
+def test_what_came_unasked_is_no_answer(stray: bytes) -> None:
+    """RFC 9112, 9.2: never the next request's, and the connection is not used again."""
+
+    async def work() -> None:
+        whole = answer(f"200 OK\r\nContent-Length: {len(OK)}", OK)
+        async with answering(whole + stray, whole) as (url, came):
+            rest = client(url)
+            await rest.request("GET", "/v1/x")
+            assert await rest.request("POST", "/v1/trade/order", None, {"b": "c"}) == {"a": 1}
+            assert [head == b"" for head in came] == [True, False, True, False]
+            rest.close()
+
+    run(work)
+
+
 def test_a_connection_idle_for_long_is_not_used(
     server: LongPort, monkeypatch: pytest.MonkeyPatch
 ) -> None:
