@@ -27,11 +27,14 @@ MARKET_CODES: Mapping[int, tuple[str, UnifiedStatus]] = {
     203: ("US_AFTER", UnifiedStatus.AFTER_HOURS),
     204: ("US_CLOSING", UnifiedStatus.CLOSED),
     205: ("US_STOP", UnifiedStatus.CLOSED),
-    206: ("US_CLEAN", UnifiedStatus.CLOSED),
+    206: ("US_CLEAN", UnifiedStatus.PRE_HOURS),
     207: ("US_NIGHT", UnifiedStatus.OVERNIGHT),
     209: ("US_PREV_MARKET_CLEAN", UnifiedStatus.CLOSED),
-    210: ("US_AFTER_MARKET_CLEAN", UnifiedStatus.CLOSED),
+    210: ("US_AFTER_MARKET_CLEAN", UnifiedStatus.RTH),
 }
+"""Clearing goes on beside trading: 206 is shown as Pre-Market, 209 as Closed, 210 as Trading
+(longbridge/openapi 4.3.3, rust/src/market/types.rs, TradeStatus)."""
+
 SESSIONS = {
     "Intraday": UnifiedStatus.RTH,
     "Pre": UnifiedStatus.PRE_HOURS,

@@ -512,6 +512,13 @@ def test_states_by_code() -> None:
         found = parse_market_codes(answered(code))["US"]
         assert (found.origin_status, found.unified_status) == (name, state)
     assert parse_market_codes(answered(999))["US"].unified_status is UnifiedStatus.UNKNOWN
+    # Clearing goes on beside trading: the SDK's TradeStatus (4.3.3), normalize() and name().
+    for code, state in (
+        (206, UnifiedStatus.PRE_HOURS),
+        (209, UnifiedStatus.CLOSED),
+        (210, UnifiedStatus.RTH),
+    ):
+        assert parse_market_codes(answered(code))["US"].unified_status is state
     closing = parse_market_codes(answered(107, "HK"))["HK"]
     assert closing.unified_status is UnifiedStatus.CLOSED
     assert parse_market_codes(answered(202, "SG")) == {}
