@@ -151,16 +151,16 @@ class Windows:
             for name in costs:
                 self._slots[name].end()
 
-    def take(self, name: str) -> None:
+    def take(self, name: str, *, gaps: bool = False) -> None:
         """Begins one call outside the queue, to be ended like any; RateLimited when there is no
         slot right now.
 
         The running operation that makes the call may hold a slot of the same window itself, so the
-        gap between the two is its own affair.
+        gap between the two is its own affair; `gaps` when no operation makes it.
         """
         with self._lock:
             slot = self._slots[name]
-            wait = slot.wait(0, cancel=False, gaps=False)
+            wait = slot.wait(0, cancel=False, gaps=gaps)
             if wait > 0:
                 raise _too_often(wait)
             slot.begin()

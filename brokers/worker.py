@@ -647,7 +647,7 @@ class _LaneLink:
         """The slot is given back with those of the running call, which ends later than the call
         that it is for; outside of one, at once."""
         windows, call = self._worker._windows, self._lane.current
-        windows.take(window)
+        windows.take(window, gaps=call is None)
         if call is None:
             windows.end((window,))
         else:

@@ -232,6 +232,19 @@ def test_a_slot_beside_the_queue() -> None:
     windows.take("w")
 
 
+def test_a_slot_that_no_operation_takes_keeps_the_gap() -> None:
+    clock = with_clock()
+    windows = Windows({"w": Window(9, 10.0, gap=2.0)})
+    windows.take("w")
+    windows.take("w")  # an operation's own second call
+    clock.now += 0.5
+    with pytest.raises(RateLimited) as refused:
+        windows.take("w", gaps=True)
+    assert refused.value.retry_after == pytest.approx(1.5)
+    clock.now += 1.5
+    windows.take("w", gaps=True)
+
+
 def test_two_slots_of_one_window() -> None:
     clock = with_clock()
     windows = Windows({"w": Window(3, 10.0)})

@@ -673,6 +673,28 @@ class TestLimits:
             assert trader.cancel(order_id).ok, "slots are kept for cancels"
         assert 25 <= exchange.most_in(600, self.TRADE) <= 30
 
+    def test_the_pushes_list_keeps_the_gap_to_other_calls(
+        self, exchange: Exchange, server: LongPort, tmp_path: Path
+    ) -> None:
+        token_file(tmp_path)
+        gap = 0.5  # so that somebody who asks again and again never leaves a longer one
+        limits = {"trade": Window(10_000, 1.0, gap=gap), "quote": Window(10_000, 1.0)}
+
+        def lists() -> list[float]:
+            asked = exchange.received("orders")
+            return [each.time for each in asked if each.fields["path"].endswith("/today")]
+
+        with Desk(tmp_path / "data", broker(server, tmp_path), windows=limits) as desk:
+            trader = desk.served()
+            for _ in range(3):
+                before = len(lists())
+                desk.kill("push")
+                while len(lists()) == before:
+                    assert trader.cash().ok
+        times = sorted(each.time for each in exchange.requests if each.operation in self.TRADE)
+        least = min(time - times[times.index(time) - 1] for time in lists()[1:])
+        assert least > 0.9 * gap, "measured when it arrives"
+
     def test_ten_quotes_a_second(
         self, exchange: Exchange, server: LongPort, tmp_path: Path
     ) -> None:
