@@ -319,11 +319,19 @@ def parse_cash(data: Mapping[str, Any], currency: str) -> Decimal:
     told = {
         str(info["currency"]): info
         for account in reversed(accounts)  # the first one counts
-        for info in rows_of(account, "cash_infos")
+        for info in _cash_infos(account)
     }
     names = RENMINBI if currency in RENMINBI else (currency,)
     name = next((name for name in names if name in told), None)
     return Decimal(0) if name is None else _required(told[name], "available_cash")
+
+
+def _cash_infos(account: Mapping[str, Any]) -> list[Any]:
+    """LongPort may leave them out (documentation; the SDK's default), which tells nothing of an
+    account that has cash."""
+    if "cash_infos" not in account and not _required(account, "total_cash"):
+        return []
+    return rows_of(account, "cash_infos")
 
 
 def parse_positions(data: Mapping[str, Any]) -> dict[Contract, tuple[str, Decimal]]:

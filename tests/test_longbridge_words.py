@@ -308,6 +308,8 @@ def test_cash_is_what_is_available_in_one_currency() -> None:
     assert words.parse_cash(data, "USD") == Decimal("-30877.499")
     assert words.parse_cash(data, "CNY") == 0
     assert words.parse_cash({"list": [{"cash_infos": []}]}, "USD") == 0
+    # An account without any: the field is optional (documentation; the SDK's serde default).
+    assert words.parse_cash({"list": [{"currency": "HKD", "total_cash": "0.00"}]}, "USD") == 0
 
 
 @pytest.mark.parametrize("kept", ["CNH", "CNY"])
