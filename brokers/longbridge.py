@@ -583,7 +583,7 @@ class LongBridge(BaseBroker):
             self._has_market_codes = not (said_no or refused.status == 404)
         except NoAnswer as error:
             self._has_market_codes = error.status != 404
-        except (*UNREADABLE, TimeoutError):
+        except (*UNREADABLE, TimeoutError, BrokerUnavailable):
             pass
         return {}
 

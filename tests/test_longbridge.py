@@ -557,6 +557,25 @@ class TestNonsense:
         node = trader.market()["marketStatus"]["securities"]["US"]
         assert (node["originStatus"] == "US_NIGHT") is not remembered
 
+    def test_market_state_while_rest_cannot_be_reached(
+        self, server: LongPort, tmp_path: Path, exchange: Exchange
+    ) -> None:
+        """The sessions tell, and quotes go on."""
+        token_file(tmp_path)
+        with LongPort(exchange) as sockets:
+            sockets._passwords = server._passwords
+            server.market_codes = {"US": 202}
+            urls = {"quote_ws_url": sockets.quote_ws_url, "trade_ws_url": sockets.trade_ws_url}
+            with Desk(tmp_path / "data", broker(server, tmp_path, **urls)) as desk:
+                trader = desk.served(quotes=True)
+                assert trader.market().ok
+                child = desk.child("quote")
+                server.stop()
+                answer = trader.market()
+                assert answer.ok, answer
+                assert trader.quote("US", "AAPL").ok
+                assert desk.child("quote") == child
+
     @pytest.mark.parametrize("oldest_first", [False, True])
     def test_every_page_of_a_history_is_read(
         self, server: LongPort, tmp_path: Path, exchange: Exchange, oldest_first: bool
