@@ -188,10 +188,13 @@ async def open_streams(
 async def is_quiet(reader: asyncio.StreamReader) -> bool:
     """Whether nothing came since the last answer: no end, and nothing that would be taken for the
     next answer (RFC 9112, 9.2), like a proxy's 408 to an idle connection."""
-    with contextlib.suppress(OSError):
-        async with asyncio.timeout(0) as at_once:
-            await reader.read(1)
-    return at_once.expired()
+    for _ in range(2):  # the first look lets the loop take in what has come by now
+        with contextlib.suppress(OSError):
+            async with asyncio.timeout(0) as at_once:
+                await reader.read(1)
+        if not at_once.expired():
+            return False
+    return True
 
 
 async def read_answer(reader: asyncio.StreamReader) -> tuple[int, bytes, bool]:
