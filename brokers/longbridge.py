@@ -150,6 +150,10 @@ class LongBridge(BaseBroker):
         "order": 4.0,
         "recent_orders": 6.0,
     }
+    listing_delay = 10.0
+    """An order counts as not placed after three of these: so long LongPort may still be taking it,
+    as the SDK waits 30 s for an answer (rust/crates/httpclient/src/request.rs)."""
+
     combinations = (
         combine(["US"], [OrderType.Limit], TimeInForce, Lifecycle)
         | combine(["US", "HK"], [OrderType.Market], [TimeInForce.DAY], [Lifecycle.RTH])
