@@ -700,7 +700,7 @@ class TestLimits:
         self, exchange: Exchange, server: LongPort, tmp_path: Path
     ) -> None:
         token_file(tmp_path)
-        gap = 0.5  # so that somebody who asks again and again never leaves a longer one
+        gap = 0.5
         limits = {"trade": Window(10_000, 1.0, gap=gap), "quote": Window(10_000, 1.0)}
 
         def lists() -> list[float]:
@@ -714,6 +714,8 @@ class TestLimits:
                 desk.kill("push")
                 while len(lists()) == before:
                     assert trader.cash().ok
+                    with exchange.changed:  # so that now and then there is room for the list
+                        exchange.changed.wait_for(lambda known=before: len(lists()) > known, gap)
         times = sorted(each.time for each in exchange.requests if each.operation in self.TRADE)
         least = min(time - times[times.index(time) - 1] for time in lists()[1:])
         assert least > 0.9 * gap, "measured when it arrives"
