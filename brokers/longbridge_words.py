@@ -353,7 +353,6 @@ def parse_positions(data: Mapping[str, Any]) -> dict[Contract, tuple[str, Decima
 
 
 # --- pure: refusals ---------------------------------------------------------------------------
-TOKEN_CODES = {401001, 401002, 401003, 401004}
 ACCESS_CODES = {
     403201: "the signature is wrong: check app_secret, and this machine's clock",
     403203: "the app key is not known: check app_key",
@@ -381,7 +380,7 @@ def refusal(refused: Refused, token_file: Path) -> Exception:
     code = refused.code
     if refused.status == 429 or 429000 <= code < 430000 or code == QUOTE_RATE_CODE:
         return RateLimited("LongBridge's rate limit refused it; nothing was done", retry_after=3)
-    if refused.status == 401 or code in TOKEN_CODES:
+    if refused.status == 401 or 401000 <= code < 402000:
         return BrokerUnavailable(
             f"LongBridge no longer accepts the token in {token_file} (code {code}): fetch "
             "a new one in the developer centre and put it there"

@@ -4,6 +4,7 @@ import base64
 import json
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -29,7 +30,7 @@ from httptrading.brokers.longbridge_rest import (
     encode_query,
     read_envelope,
 )
-from httptrading.errors import Unsupported
+from httptrading.errors import BrokerUnavailable, Unsupported
 from httptrading.model import (
     Contract,
     Lifecycle,
@@ -404,6 +405,13 @@ def test_what_is_no_granted_token(data: Any) -> None:
 
 
 # --- REST -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("code", [401003, 401004, 401102])  # of users' reports; 0: over WebSocket
+def test_what_is_wrong_with_a_token_is_said(code: int) -> None:
+    for status in (401, 0):
+        found = words.refusal(Refused(status, code, "its words"), Path("token.toml"))
+        assert isinstance(found, BrokerUnavailable) and "no longer accepts the token" in found.text
+
+
 def test_envelopes() -> None:
     assert read_envelope(200, b'{"code":0,"message":"","data":{"a":1}}') == {"a": 1}
     with pytest.raises(Refused) as refused:
