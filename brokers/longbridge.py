@@ -150,9 +150,9 @@ class LongBridge(BaseBroker):
         "order": 4.0,
         "recent_orders": 6.0,
     }
-    listing_delay = 10.0
-    """An order counts as not placed after three of these: so long LongPort may still be taking it,
-    as the SDK waits 30 s for an answer (rust/crates/httpclient/src/request.rs)."""
+    listing_delay = 5.0
+    """An order counts as not placed after three of these, or it would be doubled when LongPort takes
+    it late: the SDK waits up to 30 s for an answer (rust/crates/httpclient/src/request.rs)."""
 
     combinations = (
         combine(["US"], [OrderType.Limit], TimeInForce, Lifecycle)

@@ -29,7 +29,6 @@ from httptrading.brokers.longbridge import LongBridge
 from httptrading.brokers.longbridge_token import read_token
 from httptrading.brokers.paper import Paper
 from httptrading.brokers.settings import InstanceSettings
-from httptrading.brokers.settlement import PATIENCE
 from httptrading.model import OrderType
 from simulators.exchange import Exchange, FaultKind
 from simulators.longport import LongPort, Refusal, http_answer
@@ -650,9 +649,6 @@ class TestLimits:
     """What LongPort allows goes through at once, what it forbids never reaches it."""
 
     TRADE = ("place", "cancel", "order", "orders", "fills", "cash", "positions")
-
-    def test_an_order_may_come_as_late_as_the_sdk_waits(self) -> None:
-        assert PATIENCE * LongBridge.listing_delay >= 30, "or it is placed again meanwhile"
 
     def test_what_longport_documents(self) -> None:
         assert LongBridge.windows == {
