@@ -12,7 +12,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from httptrading.brokers.ib_book import exact
+from httptrading.brokers.ib_book import CANCEL_CONFIRMED, exact
 from httptrading.errors import HttpTradingError, RateLimited, Rejected, Unsupported
 from httptrading.model import Contract, Quote
 
@@ -40,6 +40,7 @@ refuses to list orders with 321), reading, processing. Others are news (10197, 1
 
 NOT_CONNECTED = 504
 CANCEL_REFUSED = {161, 10147, 10148}
+ABOUT_A_CANCEL = {CANCEL_CONFIRMED, *CANCEL_REFUSED}
 NO_SUCH_CONTRACT = 200
 
 SURELY_REFUSED = {103, 200, 201, 203, 321, 434, 435, 10243}

@@ -279,15 +279,18 @@ class OrderBook:
         self._errors.pop(api_id, None)
 
     def _booked(self, client_id: int, api_id: int, perm_id: int) -> BookedOrder:
+        # TWS binds orders made by hand to client 0, under negative ids by default
+        # (interactivebrokers.github.io/tws-api/open_orders.html).
+        is_named = api_id > 0 or (api_id < 0 and client_id == self._client_id == 0)
         booked = self._by_perm.get(perm_id) if perm_id else None
-        if booked is None and api_id > 0:
+        if booked is None and is_named:
             booked = self._by_api.get((client_id, api_id))
         if booked is None or perm_id and booked.perm_id not in (0, perm_id):
             booked = BookedOrder()
         if perm_id:
             booked.perm_id = perm_id
             self._by_perm[perm_id] = booked
-        if api_id > 0:
+        if is_named:
             booked.client_id, booked.api_id = client_id, api_id
             self._by_api[client_id, api_id] = booked
         if client_id == self._client_id:
@@ -296,6 +299,10 @@ class OrderBook:
         return booked
 
     # --- what TWS says ------------------------------------------------------------------------
+    def bound(self, perm_id: int, client_id: int, api_id: int) -> None:
+        """An order made by hand has got an API id."""
+        self._booked(client_id, api_id, perm_id)
+
     def open_order(self, contract: Any, order: Any, state: Any) -> BookedOrder:
         booked = self._booked(order.clientId, order.orderId, order.permId)
         self._describe(booked, contract, order)

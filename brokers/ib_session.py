@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from zoneinfo import ZoneInfo
 
 from httptrading.brokers.ib_answers import (
+    ABOUT_A_CANCEL,
     ABOUT_A_REQUEST,
     NOT_CONNECTED,
     PARTLY_UNSUBSCRIBED,
@@ -161,6 +162,7 @@ class TwsSession:
             ("openOrder", self._on_open_order),
             ("completedOrder", self._on_completed_order),
             ("execDetails", self._on_execution),
+            ("orderBound", self.book.bound),
             ("error", self._on_error),
         ):
             setattr(ib.wrapper, name, self._first(ear, getattr(ib.wrapper, name)))
@@ -488,7 +490,7 @@ class TwsSession:
                 self._quotes[request_id].advice = (code, text)
             elif is_refusal(code):
                 self._quotes[request_id].error = (code, text)
-        elif request_id > 0 and not self._is_request(request_id):
+        elif self._is_about_order(request_id, code):
             if request_id in self._heard:
                 self._heard[request_id].append((code, text))
             booked = self.book.error(request_id, code, text)
@@ -500,9 +502,12 @@ class TwsSession:
             self._fail_named(BrokerUnavailable(f"{text} (IB error {code})"))
         self._changed.set()
 
-    def _is_request(self, number: int) -> bool:
-        """Orders and the SDK's own requests are numbered together."""
-        return self.ib is not None and number in self.ib.wrapper._futures
+    def _is_about_order(self, number: int, code: int) -> bool:
+        """Orders and the SDK's own requests are numbered together; an order made by hand has a
+        negative number, and -1 is said of nothing in particular as well."""
+        if number < 0:
+            return self.book.own(number) is not None and (number < -1 or code in ABOUT_A_CANCEL)
+        return number > 0 and self.ib is not None and number not in self.ib.wrapper._futures
 
     def _fail_named(self, error: HttpTradingError) -> None:
         for future in self._named.values():

@@ -527,6 +527,29 @@ def test_orders_of_others_are_found_and_not_cancelled(trader: Trader, tws: Tws) 
     assert not tws.exchange.received("cancel")
 
 
+@pytest.mark.parametrize("told_by", ["openOrder", "orderBound"])
+def test_client_0_cancels_what_was_made_by_hand(
+    tws: Tws, exchange: Exchange, tmp_path: Path, told_by: str
+) -> None:
+    """TWS binds such orders to client 0, by default under negative ids
+    (interactivebrokers.github.io/tws-api/open_orders.html)."""
+    tws.binding = told_by
+    before = tws.place_elsewhere("AAPL", 10, "99.5")
+    with desk(tws, tmp_path, client_id=0) as subject:
+        trader = connected(subject)
+        while_connected = tws.place_elsewhere("AAPL", 20, "99.5")
+        for order in (before, while_connected):
+            assert trader.order(order.order_id)["isCompleted"] is False
+            assert trader.cancel(order.order_id).ok
+            assert trader.wait_order(order.order_id, isCompleted=True)["isCanceled"]
+        assert [each.fields["orderId"] for each in exchange.received("cancel")] == ["-1", "-2"]
+        third = tws.place_elsewhere("AAPL", 30, "99.5")
+        assert trader.order(third.order_id)["qty"] == 30
+        exchange.fault("cancel", FaultKind.REFUSE, text="10148 cannot be cancelled, state: Filled.")
+        answer = trader.cancel(third.order_id)
+        assert answer.code == "BROKER_REJECTED" and "state: Filled" in answer["ex"]
+
+
 def test_cancelling_what_cannot_be_cancelled(trader: Trader, tws: Tws) -> None:
     for unknown in ("1", "0", "99999999999999999999", "abc"):
         assert trader.cancel(unknown).code == "ORDER_NOT_FOUND"

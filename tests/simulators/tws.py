@@ -137,6 +137,7 @@ class Tws:
         self.unnumbered: set[str] = set()  # orders of which TWS says the permId 0
         self.tells_completed = False  # completedOrder without being asked, as some TWS do
         self.only_executions = False  # all that is told of orders, in lists as well
+        self.binding = "openOrder"  # what tells client 0 the API id of an order made by hand
         # Says what becomes of an order that was taken in, instead of what usually does.
         self.on_place: Callable[[_Connection, ExchangeOrder], None] | None = None
         self.held_client_ids: set[int] = set()  # in use by somebody else
@@ -154,6 +155,7 @@ class Tws:
         # --- the machinery ---
         self._perm_ids = itertools.count(1845203701)
         self._con_ids = itertools.count(900001)
+        self._bound_ids = itertools.count(-1, -1)
         self._summaries: set[tuple[int, int]] = set()
         self._clients: set[_Connection] = set()
         self._told_fills: set[str] = set()
@@ -330,6 +332,8 @@ class Tws:
         """Tells the owner of an order what became of it."""
         for client in list(self._clients):
             if client.started and client.client_id == order.wire["clientId"]:
+                if client.binds:
+                    client._bind()
                 if order.wire["orderId"]:
                     client.tell_order(order)
 
@@ -419,6 +423,7 @@ class _Connection(asyncio.Protocol):
         self.muted = False
         self.market_data_type = 1
         self.account_updates = ""
+        self.binds = False  # by reqAutoOpenOrders
         self._data = b""
         self._said_api = False
         self._times: list[float] = []
@@ -581,6 +586,8 @@ class _Connection(asyncio.Protocol):
                 return lambda: self._place(wire), {**wire, "fieldCount": len(fields)}
             case 4:
                 return lambda: self._cancel(int(fields[1])), {"orderId": fields[1]}
+            case 15:
+                return lambda: setattr(self, "binds", True), {}
             case 5:
                 return lambda: self._open_orders(own=True), {"request": "reqOpenOrders"}
             case 16:
@@ -781,7 +788,10 @@ class _Connection(asyncio.Protocol):
         )
 
     def open_order(self, order: ExchangeOrder, status: str = "") -> None:
-        values = {**self._order_values(order), "orderId": order.wire["orderId"]}
+        order_id = order.wire["orderId"]
+        if self.tws.binding != "openOrder":
+            order_id = max(0, order_id)
+        values = {**self._order_values(order), "orderId": order_id}
         if status:
             values["status"] = status
         self._send_named(5, OPEN_ORDER, values)
@@ -823,7 +833,16 @@ class _Connection(asyncio.Protocol):
             *(listing.currency, symbol, symbol),
         ]
 
+    def _bind(self) -> None:
+        """Orders made by hand become client 0's, under negative ids (TWS's default)."""
+        for order in self._listed():
+            if not order.wire["orderId"] and not order.status.is_final:
+                order.wire["orderId"] = next(self.tws._bound_ids)
+                self.send(100, order.order_id, self.client_id, order.wire["orderId"])
+
     def _open_orders(self, *, own: bool) -> None:
+        if own and self.client_id == 0:
+            self._bind()
         for order in self._listed():
             if order.status.is_final or (own and order.wire["clientId"] != self.client_id):
                 continue
