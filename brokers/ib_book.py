@@ -47,7 +47,9 @@ NOT_ABOUT_FATE = frozenset(
     }
 )
 """Codes that say nothing about whether an order lives. Any other is a refusal when it comes before
-the order ever worked, and is none when it works afterwards; 201 is one at any time."""
+the order ever worked, and is none when it works afterwards. 201 is one at any time, but of an order
+that works it may be about a change made in TWS, which leaves the order as it was (ib_async's
+wrapper.py, error): that is for TWS's lists to say."""
 
 # --- symbols and markets
 EXCHANGE_REGIONS = {
@@ -155,7 +157,7 @@ class BookedOrder:
     average: Decimal = Decimal(0)
     refusal: str = ""  # an error that may be why the order is dead
     note: str = ""  # the last thing said about the order that is no refusal
-    is_rejected: bool = False  # by error 201, which is the end whatever the status word
+    is_rejected: bool = False  # for good, whatever the status word
     has_worked: bool = False
     is_completed: bool = False  # listed by reqCompletedOrders
     executions: Executions = field(default_factory=Executions)
@@ -212,6 +214,15 @@ class BookedOrder:
         return self.status in CANCELED and not self.error_reason
 
     @property
+    def is_pending_cancel(self) -> bool:
+        return self.status == "PendingCancel"
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether an error may have ended it, and no status has said so."""
+        return bool(self.refusal) and not self.is_final
+
+    @property
     def is_final(self) -> bool:
         return self.order().is_completed
 
@@ -224,7 +235,7 @@ class BookedOrder:
             avg_price=self.avg_price,
             error_reason=self.error_reason,
             is_canceled=self.is_canceled,
-            is_pending_cancel=self.status == "PendingCancel",
+            is_pending_cancel=self.is_pending_cancel,
         )
 
     def report(self) -> OrderReport:
@@ -378,7 +389,8 @@ class OrderBook:
     @staticmethod
     def _blame(booked: BookedOrder, code: int, text: str) -> None:
         if code == REJECTED or is_refusal(code) and not booked.has_worked:
-            booked.refusal, booked.is_rejected = text, code == REJECTED
+            may_live = booked.status in WORKING or booked.has_worked and booked.is_pending_cancel
+            booked.refusal, booked.is_rejected = text, code == REJECTED and not may_live
         else:
             booked.note = text
 

@@ -52,6 +52,9 @@ ASK_LIMIT = 5.0
 """Seconds within which TWS must answer anything else; a connection serves one operation at a time,
 and a cancellation may be waiting."""
 
+DOUBT_GRACE = 0.5
+"""Seconds for an order's status after an error that may be a refusal."""
+
 UNANSWERED = "TWS did not answer in time"
 HUNG_UP = "TWS closed the connection"
 
@@ -111,6 +114,7 @@ class TwsSession:
         self._told: dict[str, Order] = {}
         self._lists: list[dict[BookedOrder, None]] = []  # being made, in TWS's order
         self._late: set[str] = set()  # lists that did not come in time for the start
+        self._doubtful: set[BookedOrder] = set()  # an error may have ended them
         self._unread = 0  # messages about orders that could not be read
         self._quotes: dict[int, Ticks] = {}
         self._heard: dict[int, list[tuple[int, str]]] = {}  # errors about orders being watched
@@ -399,14 +403,26 @@ class TwsSession:
         then, and an order must not count as missing."""
         if self._late:
             raise TimedOut(f"{UNANSWERED} ({', '.join(sorted(self._late))})")
-        unread = self._unread
+        unread, doubtful = self._unread, set(self._doubtful)
         with self._listing() as listed:
             await self.ask_named("openOrders", self.ib.reqAllOpenOrdersAsync)
             await self._completed(ASK_LIMIT)
             await self._executions()
         if self._unread != unread and self._is_live:
             raise TimedOut("TWS listed an order that could not be read; the log has more")
+        for booked in doubtful - listed.keys():
+            if booked.is_doubtful:
+                booked.is_rejected = True
+                self._tell(booked)
+        self._doubtful = {each for each in self._doubtful if each.is_doubtful}
         return list(listed)
+
+    async def _settle_doubts(self) -> None:
+        """After an error that may have ended an order: TWS's lists tell, unless a status does."""
+        await asyncio.sleep(DOUBT_GRACE)
+        if any(each.is_doubtful for each in self._doubtful):
+            with suppress(HttpTradingError):
+                await self.list_orders()
 
     async def _completed(self, seconds: float | None) -> None:
         ib = self.ib
@@ -496,6 +512,9 @@ class TwsSession:
             booked = self.book.error(request_id, code, text)
             if booked is not None:
                 self._tell(booked)
+                if booked.is_doubtful and self._is_live:
+                    self._doubtful.add(booked)
+                    self._start(self._settle_doubts())
         elif request_id <= 0 and code in ABOUT_A_REQUEST:
             self._fail_named(refusal(code, text))
         elif request_id <= 0 and code == NOT_CONNECTED:

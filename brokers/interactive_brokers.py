@@ -37,7 +37,7 @@ from httptrading.brokers.ib_book import (
     to_symbol,
     to_ticker,
 )
-from httptrading.brokers.ib_session import Ears, TwsSession
+from httptrading.brokers.ib_session import DOUBT_GRACE, Ears, TwsSession
 from httptrading.brokers.registry import broker_register
 from httptrading.brokers.trading_hours import Hours, hours, market_status
 from httptrading.errors import (
@@ -87,7 +87,6 @@ CURRENCY_NAMES = {"CNY": ("CNY", "CNH")}
 QUOTE_LIMIT = 5.0
 HALTED_GRACE = 0.25  # for the halted tick once all prices are there
 ADVICE_GRACE = 1.0  # for the next word after "part of it is not subscribed"
-DOUBT_GRACE = 0.5  # for an order's status after an error that may be a refusal
 CONNECT_LIMIT = 14.0  # below the worker's own limit, so that the sentence about it is ours
 
 DETAILS_AT_ONCE = 20
@@ -249,13 +248,13 @@ class InteractiveBrokers(BaseBroker):
         """Waits for TWS to take or refuse an order that was sent; its permId."""
         while True:
             booked, refused = _taken(tws, api_id), _refused(heard)
-            if booked is not None and booked.perm_id and booked.status != "Inactive":
+            is_doubtful = booked is not None and (booked.is_doubtful or booked.status == "Inactive")
+            if booked is not None and booked.perm_id and not is_doubtful:
                 return str(booked.perm_id)
             if booked is None and refused is not None and refused[0] in SURELY_REFUSED:
                 raise refusal(*refused)
             _still_open(tws)
-            is_doubtful = refused is not None or booked is not None and booked.status == "Inactive"
-            if not await tws.change(DOUBT_GRACE if is_doubtful else None):
+            if not await tws.change(DOUBT_GRACE if is_doubtful or refused is not None else None):
                 break
         try:
             await tws.list_orders()

@@ -118,9 +118,10 @@ def test_an_error_that_is_none_leaves_the_order_working(code: int) -> None:
     assert (order.filled_qty, order.avg_price, order.is_completed) == (4, Decimal("12.25"), False)
 
 
-def test_201_is_the_end_whatever_the_status_says() -> None:
-    for words in (["Inactive"], ["Inactive", "Cancelled"], []):
-        book, booked = working()
+def test_201_is_the_end_of_what_does_not_work() -> None:
+    for words in (["Inactive"], ["Inactive", "Cancelled"], ["PendingSubmit"], []):
+        book = OrderBook(7)
+        booked = book.open_order(wire_contract(), wire_order(), state("PendingSubmit"))
         for status in words:
             book.order_status(3, status, 0, 0, PERM_ID, 7)
         book.error(3, 201, "Order rejected - reason: no margin")
@@ -130,6 +131,22 @@ def test_201_is_the_end_whatever_the_status_says() -> None:
         assert booked.is_refused
         book.execution(wire_contract(), execution(1, 4, 12.3))
         assert not booked.is_refused  # something came of it
+
+
+@pytest.mark.parametrize("status", ["Inactive", "Cancelled"])
+@pytest.mark.parametrize("asked", [[], ["PendingCancel"]])
+def test_201_about_a_working_order_is_a_doubt(asked: list[str], status: str) -> None:
+    """A status or TWS's lists settle it."""
+    book, booked = working()
+    for word in asked:
+        book.order_status(3, word, 0, 0, PERM_ID, 7)
+    book.error(3, 201, "Order rejected - reason: the change")
+    assert booked.is_doubtful and not booked.is_final
+    book.order_status(3, "Submitted", 0, 0, PERM_ID, 7)
+    assert not booked.is_doubtful
+    book.error(3, 201, "Order rejected - reason: no margin")
+    book.order_status(3, status, 0, 0, PERM_ID, 7)
+    assert booked.error_reason == "Order rejected - reason: no margin"
 
 
 @pytest.mark.parametrize("status", ["Inactive", "Cancelled"])
@@ -305,7 +322,7 @@ def test_filled_never_goes_back_and_the_end_is_one_thing(told: list[tuple[str, i
         assert order.filled_qty >= before
         before = exact(order.filled_qty)
         assert [order.is_filled, order.is_canceled, bool(order.error_reason)].count(True) <= 1
-        assert order.is_completed or code != 201
+        assert order.is_completed or booked.is_doubtful or code != 201
 
 
 # --- symbols, numbers, errors -------------------------------------------------------------------

@@ -362,6 +362,48 @@ def test_a_later_rejection_is_kept_over_restarts(
     assert "no margin" in node["errorReason"] and node["isCanceled"] is False
 
 
+def test_201_about_a_change_leaves_the_order_working(
+    trader: Trader, tws: Tws, exchange: Exchange
+) -> None:
+    """A change made in TWS may be refused: TWS's lists have the order still."""
+    order_id = trader.placed(limit())
+    listings = len(exchange.received("fills"))
+    tws.say(201, "Order rejected - reason: the change", exchange.orders[order_id].wire["orderId"])
+    exchange.wait_for(lambda: len(exchange.received("fills")) > listings)
+    node = trader.order(order_id)
+    assert (node["isCompleted"], node["errorReason"]) == (False, "")
+    assert [each["orderId"] for each in trader.orders(open="true")["orders"]] == [order_id]
+    exchange.fill(order_id, 12, "12.30")
+    assert trader.wait_order(order_id, isFilled=True)["errorReason"] == ""
+
+
+def test_201_ends_a_working_order_that_is_in_no_list_any_more(trader: Trader, tws: Tws) -> None:
+    """Without a word on its status."""
+    order_id = trader.placed(limit())
+    number = tws.exchange.orders[order_id].wire["orderId"]
+    tws.exchange.forget(order_id)
+    tws.say(201, "Order rejected - reason: no margin", number)
+    node = trader.wait_order(order_id, isCompleted=True)
+    assert "no margin" in node["errorReason"] and not node["isCanceled"]
+
+
+@pytest.mark.parametrize(("status", "code"), [("PendingSubmit", 110), ("PreSubmitted", 201)])
+def test_a_refusal_without_a_last_status(trader: Trader, tws: Tws, status: str, code: int) -> None:
+    """ib_async's wrapper.py has it of 110: "invalid price for a new order must cancel it"."""
+
+    def refuse(client: Any, order: ExchangeOrder) -> None:
+        tws.exchange.forget(order.order_id)
+        with client.as_one():
+            client.say(order, status)
+            client.error(order.wire["orderId"], code, "The price does not conform")
+
+    tws.on_place = refuse
+    answer = trader.place(limit(), key="refused")
+    assert answer.code == "BROKER_REJECTED" and "does not conform" in answer["ex"]
+    node = trader.order(key="refused")
+    assert "does not conform" in node["errorReason"] and node["isCompleted"]
+
+
 def test_several_accounts_are_always_named(exchange: Exchange, tmp_path: Path) -> None:
     with Tws(exchange, accounts=("U1111111", "U2222222")) as tws:
         for account, words in (("", "choose one with account_id"), ("U9", "does not manage")):
