@@ -473,7 +473,7 @@ class TwsSession:
         self._tell(self.book.order_status(api_id, status, filled, average, perm_id, client_id))
 
     def _on_completed_order(self, contract: Any, order: Any, state: Any) -> None:
-        self._list(self.book.completed_order(contract, order, state))
+        self._tell(self._list(self.book.completed_order(contract, order, state)))
 
     def _on_execution(self, request_id: int, contract: Any, execution: Any) -> None:
         booked, fill = self.book.execution(contract, execution)

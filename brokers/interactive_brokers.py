@@ -298,6 +298,12 @@ class InteractiveBrokers(BaseBroker):
                     if code == CANCEL_CONFIRMED:
                         return
                     if code in CANCEL_REFUSED or is_refusal(code):
+                        # It may have ended without a word: there is not one for every change
+                        # (interactivebrokers.github.io/tws-api/order_submission.html).
+                        with suppress(HttpTradingError):
+                            await tws.list_orders()
+                        if booked.is_canceled:
+                            return
                         raise refusal(code, text)
                 if booked.is_final:
                     raise Rejected(

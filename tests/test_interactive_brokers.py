@@ -278,7 +278,7 @@ def test_a_refusal_that_comes_before_the_order(
     node = trader.order(key="early")
     assert "NO MARGIN" in node["errorReason"]
     assert (node["isCompleted"], node["isCanceled"]) == (True, False)
-    assert trader.orders(open="true")["orders"] == []
+    assert trader.orders(status="open")["orders"] == []
 
 
 def test_an_unknown_error_is_settled_by_asking(trader: Trader, exchange: Exchange) -> None:
@@ -372,7 +372,7 @@ def test_201_about_a_change_leaves_the_order_working(
     exchange.wait_for(lambda: len(exchange.received("fills")) > listings)
     node = trader.order(order_id)
     assert (node["isCompleted"], node["errorReason"]) == (False, "")
-    assert [each["orderId"] for each in trader.orders(open="true")["orders"]] == [order_id]
+    assert [each["orderId"] for each in trader.orders(status="open")["orders"]] == [order_id]
     exchange.fill(order_id, 12, "12.30")
     assert trader.wait_order(order_id, isFilled=True)["errorReason"] == ""
 
@@ -527,7 +527,7 @@ def test_an_order_of_somebody_without_a_permanent_id(
     """TWS may list one for days; everything else is listed and settled nevertheless."""
     tws.unnumbered.add(tws.place_elsewhere("AAPL", 5, "9").order_id)
     order_id = trader.placed(limit())
-    assert [node["orderId"] for node in trader.orders(open="true")["orders"]] == [order_id]
+    assert [node["orderId"] for node in trader.orders(status="open")["orders"]] == [order_id]
     with subject.one_order() as at_exchange:
         exchange.fault("place", FaultKind.ACCEPT_THEN_CUT)
         assert trader.place(limit(), key="cut").code == "OUTCOME_UNKNOWN"
@@ -601,6 +601,33 @@ def test_cancelling_what_cannot_be_cancelled(trader: Trader, tws: Tws) -> None:
     assert answer.code == "BROKER_REJECTED" and "state: Filled" in answer["ex"]
     assert trader.cancel(order_id).ok
     assert "cancelled" in trader.cancel(order_id)["ex"]
+
+
+@contextmanager
+def unheard(tws: Tws) -> Iterator[None]:
+    """What happens meanwhile TWS only lists."""
+    tws.exchange.on_change.remove(tws._on_change)
+    try:
+        yield
+    finally:
+        tws.exchange.on_change.append(tws._on_change)
+
+
+def test_a_refused_cancellation_brings_an_unheard_end_to_light(trader: Trader, tws: Tws) -> None:
+    """ "Not every change" has an orderStatus, says IB; then TWS says 10147 or 10148
+    (ib_insync#656), which is right for a filled order and no failure for a cancelled one."""
+    filled = trader.placed(limit())
+    with unheard(tws):
+        tws.exchange.fill(filled, 12, "12.30")
+    answer = trader.cancel(filled)
+    assert answer.code == "BROKER_REJECTED" and "state: Filled" in answer["ex"]
+    assert trader.order(filled)["isFilled"]
+    cancelled = trader.placed(limit())
+    with unheard(tws):
+        tws.exchange.cancel(cancelled)
+    assert trader.cancel(cancelled).ok
+    assert trader.order(cancelled)["isCanceled"]
+    assert trader.orders(status="open")["orders"] == []
 
 
 def test_completed_before_the_gateway_came(tws: Tws, exchange: Exchange, tmp_path: Path) -> None:
