@@ -515,6 +515,10 @@ class TwsSession:
                 if booked.is_doubtful and self._is_live:
                     self._doubtful.add(booked)
                     self._start(self._settle_doubts())
+        elif request_id > 0 and is_refusal(code):
+            # ib_async takes 321 for a warning (wrapper.py, error): the request would wait for ever.
+            failed = self.sdk.wrapper.RequestError(request_id, code, text)
+            self.ib.wrapper._endReq(request_id, failed, success=False)
         elif request_id <= 0 and code in ABOUT_A_REQUEST:
             self._fail_named(refusal(code, text))
         elif request_id <= 0 and code == NOT_CONNECTED:

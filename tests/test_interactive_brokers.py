@@ -281,6 +281,25 @@ def test_a_refusal_that_comes_before_the_order(
     assert trader.orders(status="open")["orders"] == []
 
 
+@pytest.mark.parametrize("operation", ["contract", "cash", "fills"])
+def test_a_request_that_tws_does_not_take(
+    trader: Trader, tws: Tws, exchange: Exchange, operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ib_async takes 321 for a warning, and goes on waiting."""
+    monkeypatch.setattr(ib_session, "ASK_LIMIT", 600.0)  # it would be waited for
+    before = tws.connections
+    # More than once: the gateway asks for lists by itself, too.
+    exchange.fault(operation, FaultKind.REFUSE, text="321 Error validating request", times=5)
+    asked = {
+        "contract": lambda: trader.place(limit()),
+        "cash": trader.cash,
+        "fills": lambda: trader.state("1"),
+    }
+    answer = asked[operation]()
+    assert answer.code == "BROKER_REJECTED" and "validating" in answer["ex"]
+    assert tws.connections == before
+
+
 def test_an_unknown_error_is_settled_by_asking(trader: Trader, exchange: Exchange) -> None:
     """There is no such order at TWS, so it was refused; had there been one, it would be placed."""
     exchange.fault("place", FaultKind.REFUSE, text="10999 A new kind of refusal")
