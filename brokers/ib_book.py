@@ -188,8 +188,9 @@ class BookedOrder:
 
     @property
     def qty(self) -> Decimal:
-        """0 while it is not known: executions may be of a part, and the order is not completed."""
-        if self.wire is None and self.status != "Filled":
+        """0 while it is not known: executions may be of a part, and an order for an amount of money
+        (cashQty) has no total."""
+        if not self.total and self.status != "Filled":
             return Decimal(0)
         # A filled order in the completed list has a total of 0 and a filledQuantity.
         return max(self.total, self.filled_qty)

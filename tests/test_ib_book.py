@@ -228,6 +228,24 @@ def test_an_order_known_by_its_executions_only() -> None:
     assert book.order_status(3, "Filled", 6, 12.3, PERM_ID, 7).order().is_filled
 
 
+def test_a_part_of_an_order_for_an_amount_of_money() -> None:
+    """Made by hand, as TWS lets one: a part of it is not all of it."""
+    book = OrderBook(7)
+    told = wire_order(clientId=0, orderId=0, totalQuantity=0.0)
+    booked = book.open_order(wire_contract(), told, state("Submitted"))
+    book.order_status(0, "Submitted", 1.5, 200.0, PERM_ID, 0)
+    order = booked.order()
+    assert (order.qty, order.filled_qty, order.is_completed) == (0, Decimal("1.5"), False)
+    order = book.order_status(0, "Filled", 2.5, 200.0, PERM_ID, 0).order()
+    assert (order.qty, order.filled_qty, order.is_filled) == (Decimal("2.5"), Decimal("2.5"), True)
+    cancelled = OrderBook(7).completed_order(
+        wire_contract(),
+        wire_order(clientId=0, orderId=0, totalQuantity=0.0, filledQuantity=1.5),
+        state("Cancelled", "Cancelled by Trader"),
+    )
+    assert (cancelled.order().is_canceled, cancelled.order().is_filled) == (True, False)
+
+
 def test_an_execution_of_an_order_with_the_same_api_id() -> None:
     """TWS may number anew: what was filled today under a number is not the order just sent."""
     book = OrderBook(7)
