@@ -356,12 +356,12 @@ class InteractiveBrokers(BaseBroker):
         """Stocks of the three markets, asked for each time, so that an empty list is TWS's own."""
         tws = self._open()
         held = await tws.positions()
-        stocks = {
-            each.contract.conId: each
-            for each in held
-            if each.account == tws.account and each.contract.secType == "STK" and each.position
-        }
-        await self._learn_regions([each.contract for each in stocks.values()])
+        # The last word on each: one that is closed meanwhile is told again, as 0.
+        latest = {each.contract.conId: each for each in held if each.account == tws.account}
+        stocks = [
+            each for each in latest.values() if each.contract.secType == "STK" and each.position
+        ]
+        await self._learn_regions([each.contract for each in stocks])
         return [
             Position(
                 broker=self.broker_name,
@@ -373,7 +373,7 @@ class InteractiveBrokers(BaseBroker):
                 currency=each.contract.currency,
                 qty=exact(each.position),
             )
-            for each in stocks.values()
+            for each in stocks
             if (region := self._regions[each.contract.conId])
         ]
 

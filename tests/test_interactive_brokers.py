@@ -747,6 +747,19 @@ def test_positions_of_every_kind(trader: Trader, tws: Tws, exchange: Exchange) -
     }
 
 
+def test_a_position_that_is_closed_while_positions_are_listed(
+    trader: Trader, exchange: Exchange
+) -> None:
+    """Its update comes among them (reqPositions is a subscription)."""
+    exchange.positions = [
+        ExchangePosition("US", "AAPL", "USD", Decimal(100)),
+        ExchangePosition("US", "QQQ", "USD", Decimal(5)),
+        ExchangePosition("US", "AAPL", "USD", Decimal(0)),
+    ]
+    shown = trader.positions()["positions"]
+    assert [(node["contract"]["ticker"], node["qty"]) for node in shown] == [("QQQ", 5)]
+
+
 # --- quotes and markets -------------------------------------------------------------------------
 def test_quotes_live_delayed_and_refused(trader: Trader, tws: Tws, exchange: Exchange) -> None:
     made = 1_779_900_000
