@@ -557,6 +557,12 @@ class TwsSession:
     def _tell(self, booked: BookedOrder) -> None:
         """Wakes who waits for an order, and reports what is new: TWS repeats itself a lot."""
         self._changed.set()
+        if (
+            booked.is_canceled
+            and booked.api_id in self._heard
+            and self.book.own(booked.api_id) is booked
+        ):
+            return  # the reason may follow; see `hearing`
         order = booked.order()
         if booked.perm_id and self.shows(booked) and self._told.get(order.order_id) != order:
             self._told[order.order_id] = order
@@ -642,7 +648,8 @@ class TwsSession:
 
     @contextmanager
     def hearing(self, api_id: int) -> Iterator[list[tuple[int, str]]]:
-        """Collects the errors about one order while it is placed or cancelled."""
+        """Collects the errors about one order while it is placed or cancelled. That it is cancelled
+        is reported afterwards: final as it is, a reason that comes behind it would be too late."""
         heard = self._heard[api_id] = []
         try:
             yield heard
@@ -651,6 +658,9 @@ class TwsSession:
             raise
         finally:
             del self._heard[api_id]
+            booked = self.book.own(api_id)
+            if booked is not None:
+                self._tell(booked)
 
 
 def _only_asked_for(wrapper: Any) -> Callable[..., None]:

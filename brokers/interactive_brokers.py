@@ -29,6 +29,7 @@ from httptrading.brokers.ib_answers import (
 )
 from httptrading.brokers.ib_book import (
     CANCEL_CONFIRMED,
+    DEAD_IF_REFUSED,
     OVERNIGHT_VENUE,
     BookedOrder,
     exact,
@@ -248,7 +249,11 @@ class InteractiveBrokers(BaseBroker):
         """Waits for TWS to take or refuse an order that was sent; its permId."""
         while True:
             booked, refused = _taken(tws, api_id), _refused(heard)
-            is_doubtful = booked is not None and (booked.is_doubtful or booked.status == "Inactive")
+            # A reason for the end may follow it; 202 says that there is none.
+            is_confirmed = any(code == CANCEL_CONFIRMED for code, _ in heard)
+            is_doubtful = booked is not None and (
+                booked.is_doubtful or booked.status in DEAD_IF_REFUSED and not is_confirmed
+            )
             if booked is not None and booked.perm_id and not is_doubtful:
                 return str(booked.perm_id)
             if booked is None and refused is not None and refused[0] in SURELY_REFUSED:

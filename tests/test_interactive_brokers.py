@@ -281,6 +281,40 @@ def test_a_refusal_that_comes_before_the_order(
     assert trader.orders(status="open")["orders"] == []
 
 
+@pytest.mark.parametrize("status", ["Inactive", "Cancelled", "ApiCancelled"])
+@pytest.mark.parametrize("apart", [0.0, 0.2], ids=["one packet", "apart"])
+def test_a_refusal_whose_reason_comes_last(
+    trader: Trader, tws: Tws, status: str, apart: float
+) -> None:
+    """As with 202 behind a cancellation."""
+
+    def refuse(client: Any, order: ExchangeOrder) -> None:
+        def reason() -> None:
+            client.error(order.wire["orderId"], 201, "Order rejected - reason:NO MARGIN")
+
+        tws.exchange.forget(order.order_id)
+        with client.as_one():
+            client.say(order, status)
+            if not apart:
+                reason()
+        if apart:
+            asyncio.get_running_loop().call_later(apart, reason)
+
+    tws.on_place = refuse
+    answer = trader.place(limit(), key="late")
+    assert answer.code == "BROKER_REJECTED" and "NO MARGIN" in answer["ex"]
+    node = trader.order(key="late")
+    assert "NO MARGIN" in node["errorReason"]
+    assert (node["isCompleted"], node["isCanceled"]) == (True, False)
+
+
+def test_an_order_that_is_cancelled_at_once(trader: Trader, tws: Tws) -> None:
+    """Nobody says why, so it was taken."""
+    tws.on_place = lambda _, order: tws.exchange.settle(order.order_id, OrderStatus.CANCELED)
+    node = trader.order(trader.placed(limit()))
+    assert (node["isCanceled"], node["errorReason"]) == (True, "")
+
+
 @pytest.mark.parametrize("operation", ["contract", "cash", "fills"])
 def test_a_request_that_tws_does_not_take(
     trader: Trader, tws: Tws, exchange: Exchange, operation: str, monkeypatch: pytest.MonkeyPatch
