@@ -175,14 +175,15 @@ class BookedOrder:
 
     @property
     def avg_price(self) -> Decimal:
-        """TWS's average where it covers all that is filled, else that of the executions.
+        """TWS's average where it covers all that is filled, else that of the executions where they
+        do: those of earlier days are not listed. 0: not known.
 
         `Execution.avgPrice` is cumulative per execution and no average of anything.
         """
         shares = self.executions.shares
         if self.filled and self.filled >= shares and self.average:
             return self.average
-        if not shares:
+        if not shares or shares < self.filled:
             return Decimal(0)
         return self.executions.paid / shares
 
@@ -342,7 +343,8 @@ class OrderBook:
         booked = self._booked(0, 0, order.permId)
         self._describe(booked, contract, order)
         booked.is_completed = True
-        booked.filled = max(booked.filled, quantity(order.filledQuantity))
+        if (shares := quantity(order.filledQuantity)) > booked.filled:
+            booked.filled, booked.average = shares, Decimal(0)  # the average was of a part
         booked.total = max(booked.total, quantity(order.totalQuantity))
         self._move(booked, state.status)
         if "reject" in state.completedStatus.lower():

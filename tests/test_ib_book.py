@@ -202,6 +202,19 @@ def test_a_filled_order_of_the_completed_list() -> None:
     assert booked.order().avg_price == Decimal("12.28")
 
 
+def test_an_average_of_a_part_is_not_that_of_all() -> None:
+    """Neither what was said with the first part, nor the executions of today alone."""
+    book, booked = working()
+    book.order_status(3, "Submitted", 4, 12.0, PERM_ID, 7)
+    told = wire_order(totalQuantity=0.0, filledQuantity=10.0, clientId=0, orderId=0)
+    book.completed_order(wire_contract(), told, state("Filled", "Filled Size: 10"))
+    assert (booked.order().filled_qty, booked.order().avg_price) == (10, 0)
+    book.execution(wire_contract(), execution(1, 6, 13.0))
+    assert booked.order().avg_price == 0
+    book.execution(wire_contract(), execution(2, 4, 12.0))
+    assert booked.order().avg_price == Decimal("12.6")
+
+
 def test_executions_may_come_before_their_order_and_be_corrected() -> None:
     book = OrderBook(7)
     early, _ = book.execution(wire_contract(), execution(1, 6, 12.3))

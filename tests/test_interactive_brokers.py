@@ -670,11 +670,14 @@ def test_a_refused_cancellation_brings_an_unheard_end_to_light(trader: Trader, t
     """ "Not every change" has an orderStatus, says IB; then TWS says 10147 or 10148
     (ib_insync#656), which is right for a filled order and no failure for a cancelled one."""
     filled = trader.placed(limit())
+    tws.exchange.fill(filled, 3, "12.00")
+    trader.wait_order(filled, filledQty=3)
     with unheard(tws):
-        tws.exchange.fill(filled, 12, "12.30")
+        tws.exchange.fill(filled, 9, "12.40")
     answer = trader.cancel(filled)
     assert answer.code == "BROKER_REJECTED" and "state: Filled" in answer["ex"]
-    assert trader.order(filled)["isFilled"]
+    node = trader.order(filled)
+    assert node["isFilled"] and node["avgPrice"] == Decimal("12.3")
     cancelled = trader.placed(limit())
     with unheard(tws):
         tws.exchange.cancel(cancelled)
