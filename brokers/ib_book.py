@@ -278,6 +278,14 @@ class OrderBook:
         """Our order with this API id; its permId may come later."""
         return self._by_api.get((self._client_id, api_id))
 
+    def open_of_ours(self) -> list[BookedOrder]:
+        return [
+            booked
+            for booked in self._by_perm.values()
+            if booked.api_id and booked.client_id == self._client_id
+            if booked.status not in FINAL and not booked.is_final
+        ]
+
     def fills(self, perm_id: int) -> list[Fill]:
         booked = self._by_perm.get(perm_id)
         made = [] if booked is None else booked.executions.in_order()

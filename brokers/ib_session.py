@@ -64,7 +64,7 @@ ORDER_MESSAGES = (5, EXECUTION, 101)
 """openOrder, execDetails, completedOrder: one that cannot be read is an order missing in a list."""
 
 HEARTBEAT = 20.0
-"""Seconds between looks whether a silent TWS is still there."""
+"""Seconds between looks whether a silent TWS is still there, and our open orders."""
 
 _Answer = TypeVar("_Answer")
 
@@ -293,10 +293,25 @@ class TwsSession:
         return task
 
     async def _beat(self) -> None:
-        """Notices a TWS that is gone without closing its socket."""
+        """Notices a TWS that is gone without closing its socket, and an order of ours that ended
+        without a word."""
         while True:
             await asyncio.sleep(HEARTBEAT)
-            await self.check_alive()
+            if await self.check_alive():
+                with suppress(HttpTradingError):
+                    await self._look_for_ours()
+
+    async def _look_for_ours(self) -> None:
+        """Asks what became of our open orders that TWS does not list as open: "There are not
+        guaranteed to be orderStatus callbacks for every change" (tws-api/order_submission.html)."""
+        ours = self.book.open_of_ours()
+        if not ours:
+            return
+        with self._listing() as listed:
+            await self.ask_named("openOrders", self.ib.reqAllOpenOrdersAsync)
+        if any(booked not in listed and not booked.is_final for booked in ours):
+            for booked in await self.list_orders():
+                self._tell(booked)
 
     async def check_alive(self, seconds: float = ALIVE_LIMIT) -> bool:
         """Whether TWS answers and has a connection to IB's servers."""

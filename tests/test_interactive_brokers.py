@@ -686,6 +686,21 @@ def test_a_refused_cancellation_brings_an_unheard_end_to_light(trader: Trader, t
     assert trader.orders(status="open")["orders"] == []
 
 
+def test_an_unheard_end_comes_to_light_by_itself(
+    tws: Tws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ib_session, "HEARTBEAT", 0.1)
+    with desk(tws, tmp_path) as subject:
+        trader = connected(subject)
+        filled, cancelled, working = (trader.placed(limit()) for _ in range(3))
+        with unheard(tws):
+            tws.exchange.fill(filled, 12, "12.30")
+            tws.exchange.cancel(cancelled)
+        assert trader.wait_order(cancelled, isCompleted=True)["isCanceled"]
+        assert trader.wait_order(filled, isCompleted=True)["avgPrice"] == Decimal("12.3")
+        assert trader.order(working)["isCompleted"] is False
+
+
 def test_completed_before_the_gateway_came(tws: Tws, exchange: Exchange, tmp_path: Path) -> None:
     """No journal knows them: TWS's completed orders and today's executions do."""
     with desk(tws, tmp_path / "yesterday") as subject:
