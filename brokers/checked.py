@@ -1,4 +1,4 @@
-"""What a broker answers, checked before anybody believes it: the documented types, finite numbers.
+"""What a broker says, checked before anybody believes it: the documented types, finite numbers.
 
 An adapter (anybody's own, too) that returns something else has a bug. It is named here by operation
 and field, never by value, and goes no further: not into an answer, the memory or the journal.
@@ -6,7 +6,6 @@ and field, never by value, and goes no further: not into an answer, the memory o
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -18,11 +17,14 @@ from httptrading.model import (
     Cash,
     Contract,
     Fill,
+    Lifecycle,
     MarketStatus,
     Order,
     OrderReport,
+    OrderType,
     Position,
     Quote,
+    TimeInForce,
     TradeType,
     UnifiedStatus,
     Unit,
@@ -45,8 +47,16 @@ def _ping(value: Any) -> bool:
 
 def _placed(value: Any) -> str:
     """ "" and 0 are some SDKs' words for "no id"."""
-    if isinstance(value, bool) or not isinstance(value, str | int) or value in ("", "0", 0):
+    order_id = _id(value, "order id")
+    if order_id in ("", "0"):
         raise NonsenseAnswer("no order id")
+    return order_id
+
+
+def _id(value: Any, name: str) -> str:
+    """Numbers are some SDKs' ids."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise NonsenseAnswer(f"no {name}")
     return str(value)
 
 
@@ -127,8 +137,11 @@ def _report(value: Any) -> OrderReport:
     time = report.time
     if time is not None and not _is_moment(_of(time, datetime, "time")):
         time = None  # one odd row must not cost all others
-    for name in ("order_type", "time_in_force", "lifecycle"):
-        _of(getattr(report, name), enum.Enum | None, name)
+    _of(report.direction, str | None, "direction")
+    # Of these very kinds: the journal keeps their names, and reads them as such for ever.
+    _of(report.order_type, OrderType | None, "order_type")
+    _of(report.time_in_force, TimeInForce | None, "time_in_force")
+    _of(report.lifecycle, Lifecycle | None, "lifecycle")
     if order is report.order and time is report.time and mark == report.mark:
         return report
     return replace(report, order=order, time=time, mark=mark)
@@ -148,6 +161,9 @@ def _fill(value: Any) -> Fill:
     _number(fill.price, "price")
     if not _is_moment(_of(fill.time, datetime, "time")):
         raise NonsenseAnswer("a fill at no possible time")
+    fill_id, order_id = _id(fill.fill_id, "fill_id"), _placed(fill.order_id)
+    if (fill_id, order_id) != (fill.fill_id, fill.order_id):
+        fill = replace(fill, fill_id=fill_id, order_id=order_id)
     return fill
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from httptrading.brokers.base import CHANGES, Link
+from httptrading.brokers.checked import NonsenseAnswer, checked
 from httptrading.brokers.limits import Windows
 from httptrading.errors import (
     BrokerUnavailable,
@@ -627,10 +628,20 @@ class _LaneLink:
         self._worker = worker
 
     def report(self, reports: Iterable[OrderReport]) -> None:
-        self._worker._listener.on_reports(tuple(reports))
+        self._worker._listener.on_reports(self._sound("recent_orders", reports))
 
     def fill(self, fills: Iterable[Fill]) -> None:
-        self._worker._listener.on_fills(tuple(fills))
+        self._worker._listener.on_fills(self._sound("fills", fills))
+
+    def _sound(self, operation: str, pushed: Iterable[Any]) -> tuple[Any, ...]:
+        """What makes sense of a push: the same as in an answer to this operation."""
+        sound: list[Any] = []
+        for one in pushed:
+            try:
+                sound += checked(operation, [one])
+            except NonsenseAnswer as error:
+                log.error("worker %s: a push has %s", self._worker.name, error)
+        return tuple(sound)
 
     def stale(self) -> None:
         self._worker._listener.on_stale()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import io
 import json
 import logging
@@ -931,6 +932,10 @@ def test_nothing_of_an_unexpected_exception_gets_out(
     assert "unexpected " in formatted or isinstance(error, TimeoutError)
 
 
+class SdkWord(enum.Enum):
+    STOP = "STOP"
+
+
 NAN = math.nan
 ORDER = Order("1", "USD", 12)
 NONSENSE: dict[str, list[Any]] = {
@@ -980,8 +985,22 @@ NONSENSE: dict[str, list[Any]] = {
         Order("404404", "USD", 12, is_canceled="no"),  # type: ignore[arg-type]
         Order("404404", "USD", 12, error_reason=ValueError(SECRET)),  # type: ignore[arg-type]
     ],
-    "fills": [None, [None], [Fill("1", "404404", NAN, 1, QUOTE_TIME)]],
-    "recent_orders": [None, [ORDER], {}, [OrderReport(Order("1", "USD", NAN))]],
+    "fills": [
+        None,
+        [None],
+        [Fill("1", "404404", NAN, 1, QUOTE_TIME)],
+        [Fill(None, "404404", 1, 1, QUOTE_TIME)],  # type: ignore[arg-type]
+    ],
+    "recent_orders": [
+        None,
+        [ORDER],
+        {},
+        [OrderReport(Order("1", "USD", NAN))],
+        [OrderReport(ORDER, direction=SdkWord.STOP)],  # type: ignore[arg-type]
+        [OrderReport(ORDER, order_type=SdkWord.STOP)],  # type: ignore[arg-type]
+        [OrderReport(ORDER, time_in_force=SdkWord.STOP)],  # type: ignore[arg-type]
+        [OrderReport(ORDER, lifecycle=SdkWord.STOP)],  # type: ignore[arg-type]
+    ],
 }
 ASK: Mapping[str, Callable[[Any], Answer]] = {
     "cash": lambda trader: trader.cash(),
@@ -1009,6 +1028,29 @@ def test_nonsense_from_a_broker_is_told_and_goes_no_further(
     del on.script.do[operation]
     again = ASK[operation](on.trader())
     assert again.ok or again.code == "ORDER_NOT_FOUND"
+
+
+@pytest.mark.parametrize("operation", ["recent_orders", "fills"])
+def test_nonsense_in_a_push_goes_no_further(
+    on: Stage, operation: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A list is asked for again; what is pushed and recorded would stand in the journal for ever,
+    and every list, and every cancellation of all, would come upon it."""
+    trader = on.trader()
+    order_id = trader.placed(LIMIT_ORDER)
+    broker = on.script.brokers[-1]
+    for value in NONSENSE[operation]:
+        if operation == "fills":
+            broker.report_fills(*value or ())
+        else:
+            broker.report(*value or ())
+    broker.report_fills(Fill("sound", order_id, 1, 200, QUOTE_TIME))
+    listed = wait_for(lambda: trader.fills(order_id)["fills"], "the push that makes sense")
+    assert [fill["fillId"] for fill in listed] == ["sound"]
+    ids = {order["orderId"] for order in trader.orders()["orders"]}
+    assert order_id in ids and "1" not in ids
+    assert trader.request("POST", "order/cancel-all").ok
+    assert "a push has" in caplog.text
 
 
 @pytest.mark.parametrize("order_id", [None, "", 0, "0", True, [], {}, 1.5, b"1", object()])
