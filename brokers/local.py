@@ -28,6 +28,10 @@ from httptrading.errors import (
 
 log = logging.getLogger("httptrading.broker")
 
+CLOSES_WITHIN = 3.0
+"""Seconds for an `async def close()`: many an SDK's waits for a farewell that never comes, and the
+next connection is made only after it."""
+
 
 class LocalBroker:
     """A copy of the prototype with its connection."""
@@ -100,7 +104,7 @@ class LocalBroker:
 
     async def close(self) -> None:
         try:
-            await run_operation(self._broker.close, None)
+            await run_operation(self._broker.close, CLOSES_WITHIN)
         except asyncio.CancelledError:
             raise
         except BaseException as error:

@@ -519,7 +519,9 @@ class _Lane(threading.Thread):
                 reason = self._lost
                 if time.monotonic() > self._attempted + STEADY:
                     attempt = 0
+            self._running_until = time.monotonic() + self._worker._hard_limit + REPLACE_GRACE
             await self._backend.close()
+            self._running_until = None
             self._lost = ""
             if self._stopping:
                 return

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -484,6 +484,31 @@ def test_a_connect_that_hangs_is_replaced(tmp_path: Path) -> None:
             wait_for(lambda: on.trader().cash().ok, "the broker to be served")
         finally:
             ended.set()
+
+
+class Clinging(ScriptedBroker):
+    """`close()` waits for a farewell that never comes, after a cancellation as well if told so."""
+
+    async def close(self) -> None:
+        self.script.run("close", {})
+        while not self.script.held.is_set():
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.02)
+                continue
+            if not self.script.do["deaf"]():
+                return
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_close_that_hangs_holds_nothing_up(tmp_path: Path, deaf: bool) -> None:
+    with stage(tmp_path, kind=Clinging, hard_limit=1.0 if deaf else UNHURRIED) as on:
+        on.ready()
+        on.script.held.clear()
+        on.script.do["deaf"] = lambda: deaf
+        lose_quietly(on)
+        wait_for(lambda: on.script.calls("close"), "the farewell")
+        wait_for(lambda: on.trader().cash(timeout=1).ok, "the broker to be served")
+        assert worker_of(on).state.replacements == deaf
 
 
 def test_a_standstill_of_the_process_replaces_nobody(
