@@ -24,6 +24,7 @@ from httptrading.errors import (
     OutcomeUnknown,
     TimedOut,
     Unsupported,
+    plain,
 )
 
 log = logging.getLogger("httptrading.broker")
@@ -52,8 +53,8 @@ class LocalBroker:
         try:
             await run_operation(broker.connect, seconds)
             _leave_imports_alone(type(broker))
-        except HttpTradingError:
-            raise
+        except HttpTradingError as error:
+            raise plain(error) from None
         except ImportError as error:
             _log_unexpected(broker, "connect", error)
             wanted = f": pip install '{broker.sdk}'" if broker.sdk else ""
@@ -80,8 +81,8 @@ class LocalBroker:
         try:
             value = await run_operation(getattr(broker, operation), seconds, **arguments)
             return checked(operation, value)
-        except HttpTradingError:
-            raise
+        except HttpTradingError as error:
+            raise plain(error) from None
         except NonsenseAnswer as error:
             text = f"The answer of {broker.broker_display} to {operation} has {error}"
             log.error("%s.%s: the answer has %s", broker.broker_name, operation, error)

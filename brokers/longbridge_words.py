@@ -371,9 +371,6 @@ class CodedRejection(Rejected):
         super().__init__(f"{text} (LongBridge code {code})")
         self.longport_code = code
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Rejected, (self.text,)  # to another process it is a plain one
-
 
 def refusal(refused: Refused, token_file: Path) -> Exception:
     """LongPort's refusal as an error of the tree, or NoAnswer where it proves nothing."""

@@ -20,6 +20,7 @@ an SDK exception's text, because some SDKs put signatures and keys there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -43,9 +44,31 @@ class HttpTradingError(Exception):
         text = text.encode("utf-8", "replace").decode()
         super().__init__(text)
         self.text = text
-        self.retry_after = retry_after
+        self.retry_after = _seconds(retry_after)
         self.client_order_id: str | None = None
         self.replayed = False
+
+
+def _seconds(given: Any) -> float | None:
+    """A header's value may come as text, or be a date."""
+    try:
+        seconds = float(given)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return seconds if math.isfinite(seconds) else None
+
+
+def plain(error: HttpTradingError) -> HttpTradingError:
+    """The error as its own class of this tree: a broker's subclass of it may want other arguments
+    than a copy is made with, have a code that is none, or be unknown to another process."""
+    kind = next(one for one in type(error).__mro__ if one.__module__ == __name__)
+    if kind is type(error):
+        return error
+    made: HttpTradingError = kind(error.text)
+    made.retry_after = error.retry_after
+    if isinstance(made, InvalidRequest) and isinstance(error, InvalidRequest):
+        made.fields = error.fields
+    return made
 
 
 class InvalidRequest(HttpTradingError):

@@ -1087,6 +1087,47 @@ def test_an_adapters_own_errors_pass_through(on: Stage, error: Any) -> None:
         assert answer.error["fields"] == error.fields
 
 
+class NoFunds(Rejected):
+    """As one is written for a broker of one's own."""
+
+    code = "NO_FUNDS"
+
+    def __init__(self, needed: int, there: int) -> None:
+        super().__init__(f"{needed} needed, {there} there")
+
+
+def test_errors_of_a_brokers_own_are_those_of_the_tree(on: Stage) -> None:
+    on.script.do["place_order"] = raising(NoFunds(10, 5))
+    for _ in range(2):
+        answer = on.trader().place(LIMIT_ORDER, key="funds")
+        assert (answer.status, answer.code, answer["ex"]) == (
+            422,
+            "BROKER_REJECTED",
+            "10 needed, 5 there",
+        )
+    assert len(on.script.calls("place_order")) == 1, "a refusal is remembered"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (2.5, "3"),
+        ("7", "7"),
+        (None, "1"),
+        ("Wed, 21 Oct 2026 07:28:00 GMT", "1"),
+        (math.inf, "1"),
+        (math.nan, "1"),
+        (-3, "1"),
+    ],
+)
+def test_any_retry_after(on: Stage, given: Any, told: str) -> None:
+    """A broker's header comes as text."""
+    on.script.do["place_order"] = raising(RateLimited("slow down", retry_after=given))
+    answer = place(on)
+    check_error(answer, 429, "RATE_LIMITED", retryable=True)
+    assert answer.headers["Retry-After"] == told
+
+
 def test_market_states_of_the_wrong_kind(tmp_path: Any) -> None:
     with stage(tmp_path) as running:
         running.ready()

@@ -137,6 +137,8 @@ def test_orders_errors_and_pushes_cross_the_pipe(on: Pair) -> None:
     assert trader.order(order_id)["qty"] == 12
     refused = trader.place({**ORDER, "ticker": "REFUSE"})
     assert (refused.status, refused.code, refused["ex"]) == (422, "BROKER_REJECTED", "Not this one")
+    poor = trader.place({**ORDER, "ticker": "FUNDS"})
+    assert (poor.status, poor.code, poor["ex"]) == (422, "BROKER_REJECTED", "10 needed, 5 there")
     assert trader.state("404404").code == "ORDER_NOT_FOUND"
     assert trader.positions().code == "UNSUPPORTED"
     assert trader.cancel(order_id).ok

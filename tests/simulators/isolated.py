@@ -12,6 +12,7 @@ import pickle
 import signal
 import struct
 import sys
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,14 @@ from httptrading.brokers.base import BaseBroker
 from httptrading.brokers.registry import broker_register
 from httptrading.errors import BrokerUnavailable, OrderNotFound, Rejected
 from httptrading.model import Cash, Contract, Order, OrderReport, Quote
+
+
+class NoFunds(Rejected):
+    """An error of the broker's own."""
+
+    def __init__(self, needed: int, there: int) -> None:
+        super().__init__(f"{needed} needed, {there} there")
+        self.answer = threading.Lock()  # an SDK's object: it cannot leave the process
 
 
 @broker_register("isolated", "隔离证券")
@@ -53,6 +62,8 @@ class IsolatedBroker(BaseBroker):
     def place_order(self, contract, order_type, qty, mark, **kwargs):  # type: ignore[no-untyped-def,override]
         if contract.ticker == "REFUSE":
             raise Rejected("Not this one")
+        if contract.ticker == "FUNDS":
+            raise NoFunds(10, 5)
         number = str(1000 + len(self._lines()))
         with self.ledger.open("a") as file:
             file.write(json.dumps({"id": number, "qty": qty, "mark": mark}) + "\n")
