@@ -82,8 +82,9 @@ class IsolatedBroker(BaseBroker):
                 return report
         raise OrderNotFound("The book does not have it")
 
-    def cancel_order(self, order_id: str) -> None:  # type: ignore[override]
+    def cancel_order(self, order_id: str) -> object:  # type: ignore[override]
         self.report(OrderReport(Order(order_id, "USD", 12, is_canceled=True)))
+        return threading.Lock()  # an SDK's answer to it
 
     def _lines(self) -> list[dict]:  # type: ignore[type-arg]
         if not self.ledger.exists():
