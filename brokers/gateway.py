@@ -147,7 +147,8 @@ class Gateway:
             }
             self._running = set()
             for instance_id in self.settings:
-                self._start_instance(instance_id)
+                with suppress(BrokerUnavailable):  # it is tried again with each request
+                    self._start_instance(instance_id)
             threading.Thread(
                 target=self._supervise, name="httptrading-supervisor", daemon=True
             ).start()
@@ -157,7 +158,13 @@ class Gateway:
         if instance_id in self._running:
             return True
         lock = self._locks[instance_id]
-        if not lock.take():
+        try:
+            taken = lock.take()
+        except OSError as error:
+            text = f"The data directory cannot be used: {error.strerror}"
+            log.error("instance %s…: %s", instance_id[:4], text)
+            raise BrokerUnavailable(f"{text}; nothing was sent.", retry_after=2) from None
+        if not taken:
             owner = lock.owner()
             if self._foreign.get(instance_id) != owner:  # said once, not at each request
                 self._foreign[instance_id] = owner

@@ -204,7 +204,8 @@ class Instance:
         settings = self.settings
 
         def make(link: Link) -> Backend:
-            self.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with suppress(OSError):  # a full disk: whoever needs it says so when connecting
+                self.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             if settings.where == "process":
                 return ChildBroker(self.broker, connection, self.data_dir, link, settings.python)
             return LocalBroker(self.broker, connection, self.data_dir, link)

@@ -1138,3 +1138,18 @@ def test_a_journal_that_is_locked_from_the_start_holds_nothing_up(tmp_path: Path
             assert until(lambda: trader.place(LIMIT_ORDER, key="k"), "").ok
     finally:
         locked.close()
+
+
+def test_a_data_directory_that_cannot_be_used_is_told_and_tried_again(tmp_path: Path) -> None:
+    """A file stands where it belongs (root may write into any directory)."""
+    folder = tmp_path / "data"
+    folder.write_text("")
+    with stage(folder) as on:
+        trader: Trader = on.trader()
+        before = threading.active_count()
+        for answer in (trader.cash(), trader.place(LIMIT_ORDER, key="k"), trader.ping()):
+            assert (answer.status, answer.code) == (503, "BROKER_UNAVAILABLE"), answer
+            assert answer.error["outcome"] == "none" and "data directory" in answer["ex"], answer
+        assert threading.active_count() <= before
+        folder.unlink()
+        assert until(lambda: trader.place(LIMIT_ORDER, key="k"), "").ok
