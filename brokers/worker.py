@@ -294,18 +294,29 @@ class Worker:
             lane.looks_beyond = lane.looks_beyond + 1 if reason else 0
             if lane.looks_beyond < STUCK_LOOKS or len(self._abandoned) >= MOST_ABANDONED:
                 return
+            try:
+                self._new_lane(_pause(len(self._abandoned)))
+            except (OSError, RuntimeError) as error:  # no file descriptor, or no thread, is left
+                lane.looks_beyond = 0
+                log.error("worker %s: %s; not replaced yet (%s)", self.name, reason, error)
+                return
             self.state.replacements += 1
             self._disconnected_locked(reason)
             self._abandoned.append(lane)
-            self._new_lane(_pause(len(self._abandoned) - 1))
         log.warning("worker %s: %s; replaced", self.name, reason)
         lane.give_up()
 
     def _new_lane(self, pause: float = 0.0) -> None:
+        """Leaves everything as it is when that fails."""
+        lane = _Lane(self, pause)
+        try:
+            lane.start()  # it waits for the lock
+        except RuntimeError:
+            lane.never_started()
+            raise
         self._pausing = pause > 0
         self._retry_at = time.monotonic() + pause
-        self._lane = _Lane(self, pause)
-        self._lane.start()
+        self._lane = lane
 
     # --- for the lane -------------------------------------------------------------------------
     def next_call(self, lane: _Lane) -> tuple[Call | None, float | None]:
@@ -423,6 +434,9 @@ class _Lane(threading.Thread):
         if self._wake_sent is None:
             self._wake_sent = time.monotonic()
         self._post(self._on_wake, at_once)
+
+    def never_started(self) -> None:
+        self._loop.close()
 
     def rested(self, now: float) -> bool:
         """Whether the last attempt to connect is so long ago that one may be asked for."""

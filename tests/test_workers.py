@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import itertools
 import threading
@@ -565,6 +566,42 @@ def test_only_so_many_threads_may_hang(tmp_path: Path, monkeypatch: pytest.Monke
             lanes = [one for one in threading.enumerate() if one.name.endswith(worker.name)]
             assert len(lanes) == 3
         wait_for(lambda: on.trader().cash().ok, "the broker to be served again")
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("asyncio.new_event_loop", OSError(errno.EMFILE, "Too many open files")),
+        ("_Lane.start", RuntimeError("can't start new thread")),
+    ],
+)
+def test_a_worker_that_cannot_be_replaced_now_is_replaced_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: Exception
+) -> None:
+    """Nor does each attempt cost one of the threads that may hang."""
+    monkeypatch.setattr(gateway_module, "SUPERVISION", 300.0)  # the test looks, nobody else
+
+    def none_left(*_: Any) -> Any:
+        raise error
+
+    with stage(tmp_path) as on, clients() as pool:
+        on.ready()
+        worker = worker_of(on)
+        lane = worker._lane
+        assert lane is not None
+        with on.script.hold("cash"):
+            pool.submit(on.trader().cash, timeout=30)
+            on.script.arrived("cash")
+            lane._running_until = time.monotonic()
+            with monkeypatch.context() as patch:
+                patch.setattr(f"httptrading.brokers.worker.{place}", none_left)
+                for _ in range(worker_module.STUCK_LOOKS * (worker_module.MOST_ABANDONED + 1)):
+                    worker.check()
+            assert worker._lane is lane and worker.state.replacements == 0
+            for _ in range(worker_module.STUCK_LOOKS):
+                worker.check()
+            assert worker.state.replacements == 1
+            assert on.trader().positions().ok
 
 
 @broker_register("scriptedAsync", "剧本证券")
