@@ -249,12 +249,15 @@ class Settlement:
         """Settles those of the missing rows that the listing proves not to be there; returns the
         rows that stay open."""
         delay = self._instance.broker.listing_delay
-        since = self._instance.broker.listed_since(datetime.now(UTC) + CLOCKS_DIFFER)
+        now = datetime.now(UTC)
+        since = self._instance.broker.listed_since(now + CLOCKS_DIFFER)
         shown = {report.mark for report in reports if report.mark}  # some without an id as yet
         left = []
         for row in rows:
             mark = row.mark or ""
-            if mark in shown:
+            # From after our clock, which was set back: lists that end at `now`, or that tell of the
+            # broker's own day only, need not have it.
+            if mark in shown or row.created > now + CLOCKS_DIFFER:
                 left.append(row)
                 continue
             if row.created < since + CLOCKS_DIFFER:

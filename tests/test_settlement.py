@@ -220,6 +220,31 @@ def test_listings_prove_nothing_of_what_they_do_not_reach(
     assert len(on.script.calls("place_order")) == 2
 
 
+def test_listings_prove_nothing_while_the_clock_is_behind(on: Stage, tmp_path: Path) -> None:
+    """A machine without a clock of its own starts with the time at which it was switched off, and
+    asks the broker for orders until then."""
+    trader = on.trader()
+    on.script.do["place_order"] = raising(OutcomeUnknown("Lost."))
+
+    def move(days: int) -> None:
+        with (
+            closing(sqlite3.connect(tmp_path / "journal.sqlite", timeout=30)) as database,
+            database,
+        ):
+            database.execute("UPDATE orders SET created = created + ?", (days * 86400,))
+
+    with on.script.hold("recent_orders"):
+        unknown(trader.place(LIMIT_ORDER, key="k"))
+        move(1)
+    on.script.arrived("recent_orders", len(on.script.calls("recent_orders")) + 4)
+    unknown(trader.state(key="k"))
+    unknown(trader.place(LIMIT_ORDER, key="k", timeout=1))
+    move(-1)  # the clock is right again
+    del on.script.do["place_order"]
+    assert until(lambda: trader.place(LIMIT_ORDER, key="k"), "").ok
+    assert len(on.script.calls("place_order")) == 2
+
+
 def test_found_while_the_call_still_runs(tmp_path: Path) -> None:
     with stage(tmp_path) as on:
         on.ready()
