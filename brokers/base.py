@@ -143,6 +143,10 @@ class BaseBroker:
     listing_delay: ClassVar[float] = 2.0
     """Seconds after which an accepted order is sure to show in `recent_orders()`."""
 
+    booked_within: ClassVar[float] = 0.0
+    """Seconds from the beginning of `place_order()` within which the broker may still accept the
+    order, whether anybody waits for it or not: as long as its own SDK waits for the answer."""
+
     combinations: frozenset[Combination] | None = None
     """The kinds of orders this broker takes; None: whatever it is given."""
 

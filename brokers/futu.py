@@ -92,6 +92,7 @@ class Futu(BaseBroker):
     """
 
     package: ClassVar[str] = "futu"
+    booked_within = 12.0  # OpenContextBase._query_timeout
     arguments = ARGUMENTS
     sdk: ClassVar[str] = "futu-api"
     connections: ClassVar[Mapping[str, tuple[str, ...]]] = {

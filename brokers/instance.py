@@ -562,10 +562,11 @@ class Instance:
     def _write(self, placement: Placement, outcome: Outcome, then: Callable[[], None]) -> None:
         """Gives the outcome to the journal; `then` runs when that is done, or has failed: the
         client is answered all the same, and the journal learns it as soon as it can."""
-        assert placement.row_id is not None
+        assert placement.row_id is not None and placement.call is not None
         settle = partial(self._journal.settle, placement.row_id, outcome, soon=self.lists_orders)
         settled = outcome.state != UNKNOWN
-        ended = partial(self.settlement.call_ended, placement.mark)
+        began = placement.call.began
+        ended = partial(self.settlement.call_ended, placement.mark, began=began)
 
         def written(future: Future[None]) -> None:
             if future.exception() is None:

@@ -131,6 +131,7 @@ class LongBridge(BaseBroker):
         "push": (),
     }
     isolation = "process"
+    booked_within = 30.0  # the SDK's own limit on a request (httpclient/src/request.rs)
     sdk: ClassVar[str] = "longport"
     arguments = frozenset({"app_key", "app_secret", "token_file", "auto_refresh_token", *ADDRESSES})
     windows: ClassVar[Mapping[str, Window]] = {

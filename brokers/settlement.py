@@ -2,7 +2,7 @@
 
 After a start, after each reconnect and after every unknown outcome the broker is asked for a
 complete listing. An order found by its mark is `placed`. One that is missing from two listings,
-both begun later than the broker needs to show an accepted order, and with no call of it still
+both begun later than the broker needs to accept and to show an order, and with no call of it still
 running, is `not placed`, if the listings reach back to when it was sent: it may have been filled
 during a long outage. Until then it stays unknown, and every answer says so.
 """
@@ -70,7 +70,8 @@ class Settlement:
         self._news = threading.Condition(self._lock)  # whoever waits for a row may look again
         self._calls: Counter[str] = Counter()  # orders whose SDK call has not ended
         self._late: set[str] = set()  # those of them that nobody waits for any more
-        self._over: dict[str, float] = {}  # unsettled order → when its call was over, monotonic
+        # Unsettled order → when its call was surely over, at the broker too, monotonic.
+        self._over: dict[str, float] = {}
         self._misses: dict[str, int] = {}
         self._born = time.monotonic()  # see start()
         self._next: float | None = None  # when to look next, monotonic
@@ -117,13 +118,17 @@ class Settlement:
                 self._late.add(mark)
                 self._look_in(FIRST_LOOK)
 
-    def call_ended(self, mark: str, *, settled: bool) -> None:
-        """What became of it is in the journal. `settled`: and it is no longer in doubt."""
+    def call_ended(self, mark: str, *, settled: bool, began: float | None = None) -> None:
+        """What became of it is in the journal. `settled`: and it is no longer in doubt. `began`:
+        when it began (monotonic); None: never."""
         with self._lock:
             self._calls -= Counter((mark,))  # drops what has come to nothing
             self._late.discard(mark)
             if not settled:
-                self._over[mark] = time.monotonic()
+                over = time.monotonic()
+                if began is not None:
+                    over = max(over, began + self._instance.broker.booked_within)
+                self._over[mark] = over
                 self._look_in(FIRST_LOOK)
             self._news.notify_all()
 
@@ -236,12 +241,14 @@ class Settlement:
             return self._next_pause(left) if left or self._late else None
 
     def _next_pause(self, left: list[JournalOrder]) -> float:
-        """Until the next listing: when it can settle something, else with growing pauses."""
+        """Until the next listing: when it can settle something soon, else with growing pauses."""
         now, delay = time.monotonic(), float(self._instance.broker.listing_delay)
         overs = [self._over.get(row.mark or "", now) for row in left]
         moments = [over + delay * times for over in overs for times in (1.0, PATIENCE)]
         telling = min((moment for moment in moments if moment > now), default=None)
-        return self._pause() if telling is None else max(delay, LEAST_PAUSE, telling - now)
+        if telling is None or telling > now + delay * PATIENCE:
+            return self._pause()
+        return max(delay, LEAST_PAUSE, telling - now)
 
     def _judge(
         self, rows: list[JournalOrder], reports: list[OrderReport], began: float
@@ -268,7 +275,8 @@ class Settlement:
                 )
                 continue
             with self._lock:
-                over = self._over.setdefault(mark, self._born)
+                broker = self._instance.broker
+                over = self._over.setdefault(mark, self._born + broker.booked_within)
             if began >= over + delay:
                 self._misses[mark] = self._misses.get(mark, 0) + 1
             proven = self._misses.get(mark, 0) >= LISTINGS and began >= over + delay * PATIENCE

@@ -106,6 +106,7 @@ class Tiger(BaseBroker):
         "account": ("ping", "cash", "positions", "order", "recent_orders", "fills"),
         "quote": ("quote", "market_status"),
     }
+    booked_within = 15.0  # tiger_open_config.TIMEOUT
     sdk = "tigeropen"
     arguments = frozenset(
         {

@@ -143,6 +143,7 @@ class Desk:
             each.instance_id = f"LongBridgeDesk{number:04d}"
             each.tokens = [f"longBridgeToken{number:04d}"]
             vars(each).setdefault("listing_delay", listing_delay)
+            vars(each).setdefault("booked_within", 0.0)
         self._killed: set[int] = set()
         self.app = create_app(
             brokers=[
@@ -1093,6 +1094,24 @@ class TestLife:
             assert trader.order(key="in-flight")["qty"] == 12
         assert len(exchange.orders) == 1
         assert len(exchange.received("place")) == (2 if kind is FaultKind.HANG else 1)
+
+    def test_booked_when_nobody_waits_any_more(
+        self, exchange: Exchange, server: LongPort, tmp_path: Path
+    ) -> None:
+        """LongPort goes on with a request whose client has hung up; its own SDK waits for 30 s."""
+        token_file(tmp_path)
+        real = broker(server, tmp_path)
+        vars(real)["booked_within"] = LongBridge.booked_within
+        with Desk(tmp_path / "data", real) as desk:
+            trader = desk.served()
+            exchange.fault("place", FaultKind.SLOW, seconds=6.0)
+
+            def placed() -> Answer | None:
+                answer = trader.place(ORDER, key="slow", timeout=1)
+                return answer if answer.ok else None
+
+            assert wait_for(placed, "the order to be found").replayed
+        assert len(exchange.orders) == len(exchange.received("place")) == 1
 
     def test_killed_again_and_again_while_trading(
         self, exchange: Exchange, server: LongPort, tmp_path: Path

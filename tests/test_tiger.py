@@ -245,6 +245,28 @@ def subject_of(account: str, directory: Path) -> Iterator[Subject]:
             yield subject
 
 
+def test_booked_when_nobody_waits_any_more(tmp_path: Path) -> None:
+    """Tiger goes on with a request whose client has hung up; its own SDK waits for 15 s."""
+    exchange = Exchange()
+    with TigerGateway(exchange, tiger_id=new_tiger_id(), accounts=(PRIME,)) as gateway:
+        gateway.enforce_limits = False
+        subject = Subject(
+            Tiger(arguments(gateway, tmp_path, PRIME)), tmp_path / "data", exchange, gateway
+        )
+        vars(subject.broker)["booked_within"] = Tiger.booked_within
+        with subject:
+            trader = subject.trader()
+            wait_for(lambda: trader.cash().ok, "the broker")
+            exchange.fault("place", FaultKind.SLOW, seconds=6.0)
+
+            def placed() -> Answer | None:
+                answer = trader.place(subject.limit(), key="slow", timeout=1)
+                return answer if answer.ok else None
+
+            assert wait_for(placed, "the order to be found").replayed
+    assert len(exchange.orders) == len(exchange.received("place")) == 1
+
+
 class TestTiger(BrokerAcceptance, FaultAcceptance, PushAcceptance):
     @pytest.fixture(scope="class")
     def subject(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:

@@ -297,6 +297,7 @@ class Subject:
         broker.tokens = broker.tokens or [TOKEN]
         # On the object, not the class: the copies in the workers carry it along.
         vars(broker)["listing_delay"] = listing_delay
+        vars(broker)["booked_within"] = 0.0
         self.settings = InstanceSettings(
             broker,
             windows={name: Window(10_000, 1.0) for name in broker.windows},

@@ -60,6 +60,7 @@ class FaultKind(Enum):
     RATE_LIMIT = "rate limit"  # the broker's own words for "too often"
     HANG = "hang"  # nothing is done, no answer ever
     LATE = "late"  # done and answered, `seconds` later
+    SLOW = "slow"  # done only `seconds` later, whether anybody waits for it or not (over HTTP)
     GARBAGE = "garbage"  # nothing is done, the answer is bytes that mean nothing
     CUT = "cut"  # nothing is done, the connection is closed
     ACCEPT_THEN_CUT = "accept then cut"  # done, and the connection is closed instead of answering

@@ -408,6 +408,10 @@ class LongPort:
                 raise _Page(int(fault.text or "200"))
             case FaultKind.CUT:
                 raise Cut
+            case FaultKind.SLOW:
+                self.let_go.wait(fault.seconds)
+                with self.exchange.lock:
+                    return do()
             case FaultKind.LATE:
                 result = work()
                 self.let_go.wait(fault.seconds)

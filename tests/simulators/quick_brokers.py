@@ -14,3 +14,4 @@ class QuickInteractiveBrokers(InteractiveBrokers):
 
 class QuickTiger(Tiger):
     listing_delay = LISTING_DELAY
+    booked_within = 0.0

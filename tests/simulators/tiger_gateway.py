@@ -434,6 +434,8 @@ class TigerGateway:
             await asyncio.Event().wait()
         if fault and fault.kind is FaultKind.CUT:
             return None
+        if fault and fault.kind is FaultKind.SLOW:
+            await asyncio.sleep(fault.seconds)
         if fault and fault.kind is FaultKind.GARBAGE:
             return 200, "", b"<html>\xff maintenance</html>"
         with self.exchange.lock:
