@@ -112,7 +112,10 @@ class Service:
             response = self._error(admitted, error, request_id)
         except Exception as error:
             outcome = "INTERNAL"
-            response = self._error(admitted, our_bug(error, request_id), request_id)
+            bug = our_bug(error, request_id)
+            if route.method == "POST":
+                bug.outcome = "unknown"  # it may have struck after the order was sent
+            response = self._error(admitted, bug, request_id)
         response.headers["X-Request-ID"] = request_id
         seconds = time.monotonic() - began
         if self.metrics is not None:

@@ -56,7 +56,10 @@ def _id(value: Any, name: str) -> str:
     """Numbers are some SDKs' ids."""
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise NonsenseAnswer(f"no {name}")
-    return str(value)
+    text = str(value)
+    if _words(text, name) != text:
+        raise NonsenseAnswer(f"half a character in its {name}")
+    return text
 
 
 def _quote(value: Any) -> Quote:

@@ -36,7 +36,7 @@ class HttpTradingError(Exception):
 
     code: ClassVar[str] = "INTERNAL"
     retryable: ClassVar[bool] = False
-    outcome: ClassVar[str] = "none"
+    outcome: str = "none"
 
     def __init__(self, text: str, *, retry_after: float | None = None) -> None:
         # Half a character of a broker's own words (json.loads makes one of a cut escape) could be

@@ -1053,7 +1053,22 @@ def test_nonsense_in_a_push_goes_no_further(
     assert "a push has" in caplog.text
 
 
-@pytest.mark.parametrize("order_id", [None, "", 0, "0", True, [], {}, 1.5, b"1", object()])
+def test_a_bug_of_ours_does_not_say_that_nothing_was_sent(
+    on: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(*_: Any) -> Any:
+        raise RuntimeError
+
+    monkeypatch.setattr("httptrading.app.order.dump_args", bug)
+    monkeypatch.setattr("httptrading.app.account.dump", bug)
+    check_error(place(on), 500, "INTERNAL", outcome="unknown")
+    assert len(on.script.calls("place_order")) == 1
+    check_error(on.trader().cash(), 500, "INTERNAL")
+
+
+@pytest.mark.parametrize(
+    "order_id", [None, "", 0, "0", True, [], {}, 1.5, b"1", object(), "\ud83d1"]
+)
 def test_a_place_without_an_order_id_is_unknown(on: Stage, order_id: Any) -> None:
     on.script.do["place_order"] = lambda **arguments: order_id
     check_error(place(on), 504, "OUTCOME_UNKNOWN", outcome="unknown")
