@@ -835,6 +835,10 @@ class Instance:
         """Whether the broker has a listing that an order can be looked for in."""
         return offers(type(self.broker), "recent_orders") and "recent_orders" in self._worker_of
 
+    def listed_since(self, now: datetime) -> datetime:
+        """As the broker says; a time without a zone is this machine's."""
+        return self.broker.listed_since(now).astimezone(UTC)
+
     def fills(self, order_id: str, deadline: float, *, fresh: bool = False) -> list[Fill]:
         """An order's executions, oldest first: the broker's joined to the journal's."""
         row = self._row(order_id, None)
@@ -895,7 +899,7 @@ class Instance:
     def _unsettled(self, row: JournalOrder) -> OutcomeUnknown:
         """Which may be for good: then only the trader can find out."""
         key = row.client_order_id or ""
-        if not self.lists_orders or row.created >= self.broker.listed_since(datetime.now(UTC)):
+        if not self.lists_orders or row.created >= self.listed_since(datetime.now(UTC)):
             return _unknown(key)
         error = OutcomeUnknown(
             "The order was sent so long ago that the broker's lists no longer tell what became of "

@@ -257,7 +257,7 @@ class Settlement:
         rows that stay open."""
         delay = self._instance.broker.listing_delay
         now = datetime.now(UTC)
-        since = self._instance.broker.listed_since(now + CLOCKS_DIFFER)
+        since = self._instance.listed_since(now + CLOCKS_DIFFER)
         shown = {report.mark for report in reports if report.mark}  # some without an id as yet
         left = []
         for row in rows:

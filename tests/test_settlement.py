@@ -220,6 +220,19 @@ def test_listings_prove_nothing_of_what_they_do_not_reach(
     assert len(on.script.calls("place_order")) == 2
 
 
+def test_a_time_without_a_zone_is_this_machines(on: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As somebody's own `listed_since` may have it."""
+    trader = on.trader()
+    since = datetime.now() - timedelta(days=1)
+    monkeypatch.setattr(BaseBroker, "listed_since", lambda self, now: since)
+    on.script.do["place_order"] = raising(OutcomeUnknown("Lost."))
+    with on.script.hold("recent_orders"):
+        unknown(trader.place(LIMIT_ORDER, key="k"))
+        unknown(trader.state(key="k"))
+    del on.script.do["place_order"]
+    assert until(lambda: trader.place(LIMIT_ORDER, key="k"), "").ok
+
+
 def test_listings_prove_nothing_while_the_clock_is_behind(on: Stage, tmp_path: Path) -> None:
     """A machine without a clock of its own starts with the time at which it was switched off, and
     asks the broker for orders until then."""
