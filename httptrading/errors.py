@@ -41,7 +41,9 @@ class HttpTradingError(Exception):
     def __init__(self, text: str, *, retry_after: float | None = None) -> None:
         # Half a character of a broker's own words (json.loads makes one of a cut escape) could be
         # neither sent nor recorded.
-        text = text.encode("utf-8", "replace").decode()
+        text = str(text or "").encode("utf-8", "replace").decode()
+        # An order without a reason would count as open, and an answer without `ex` as a success.
+        text = text.strip() or "No reason was given."
         super().__init__(text)
         self.text = text
         self.retry_after = _seconds(retry_after)

@@ -1123,6 +1123,18 @@ def test_errors_of_a_brokers_own_are_those_of_the_tree(on: Stage) -> None:
     assert len(on.script.calls("place_order")) == 1, "a refusal is remembered"
 
 
+@pytest.mark.parametrize(("words", "key"), [("", "empty"), ("  ", "blank"), (None, "none")])
+def test_a_refusal_without_words_is_one(on: Stage, words: Any, key: str) -> None:
+    def refuse(**_: Any) -> Any:
+        raise Rejected(words)
+
+    on.script.do["place_order"] = refuse
+    for _ in range(2):
+        answer = on.trader().place(LIMIT_ORDER, key=key)
+        check_error(answer, 422, "BROKER_REJECTED")
+    assert on.trader().order(key=key)["isCompleted"] is True
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
