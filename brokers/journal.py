@@ -34,7 +34,9 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.exc import (
+    DatabaseError,
     DataError,
+    DBAPIError,
     IntegrityError,
     OperationalError,
     ProgrammingError,
@@ -828,10 +830,8 @@ def _unwritable(error: SQLAlchemyError) -> Busy:
     log.error("the journal cannot be written (%s)", _cause(error))
     if isinstance(error, DataError | IntegrityError | ProgrammingError):
         return Busy("The order journal does not take this; nothing was sent.")
-    return Busy(
-        "The order journal cannot be written (is the disk full?); nothing was sent.",
-        retry_after=5,
-    )
+    why = "its file is damaged" if type(error) is DatabaseError else "is the disk full?"
+    return Busy(f"The order journal cannot be written ({why}); nothing was sent.", retry_after=5)
 
 
 def _about_of(connection: sa.Connection) -> Mapping[str, str]:
@@ -842,7 +842,8 @@ def _cause(error: SQLAlchemyError) -> str:
     """What the database says of its own state; never the statement, and not of a row (some quote
     its values)."""
     name = type(error).__name__
-    return f"{name}: {error.orig}" if isinstance(error, OperationalError) else name
+    of_the_whole = isinstance(error, OperationalError) or type(error) is DatabaseError
+    return f"{name}: {error.orig}" if of_the_whole and isinstance(error, DBAPIError) else name
 
 
 def merge(

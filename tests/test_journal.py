@@ -763,6 +763,14 @@ def test_a_journal_that_cannot_be_made_is_tried_again(tmp_path: Path) -> None:
         begin(journal)
 
 
+def test_a_damaged_file_is_told(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path.write_bytes(b"no database" * 1000)
+    with closing(Journal(f"sqlite:///{path}")) as journal:
+        with pytest.raises(Busy, match="damaged"):
+            begin(journal)
+    assert "file is not a database" in caplog.text
+
+
 def test_an_existing_journal_opens_without_writing(path: Path) -> None:
     with closing(Journal(f"sqlite:///{path}")) as journal:
         row_id = begin(journal)
