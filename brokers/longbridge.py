@@ -131,7 +131,7 @@ class LongBridge(BaseBroker):
         "push": (),
     }
     isolation = "process"
-    booked_within = 30.0  # the SDK's own limit on a request (httpclient/src/request.rs)
+    booked_within = 15.0  # LongPort does not say; its SDK waits 30 s (httpclient/src/request.rs)
     sdk: ClassVar[str] = "longport"
     arguments = frozenset({"app_key", "app_secret", "token_file", "auto_refresh_token", *ADDRESSES})
     windows: ClassVar[Mapping[str, Window]] = {
@@ -151,10 +151,6 @@ class LongBridge(BaseBroker):
         "order": 4.0,
         "recent_orders": 6.0,
     }
-    listing_delay = 5.0
-    """An order counts as not placed after three of these, or it would be doubled when LongPort takes
-    it late: the SDK waits up to 30 s for an answer (rust/crates/httpclient/src/request.rs)."""
-
     combinations = (
         combine(["US"], [OrderType.Limit], TimeInForce, Lifecycle)
         | combine(["US", "HK"], [OrderType.Market], [TimeInForce.DAY], [Lifecycle.RTH])
