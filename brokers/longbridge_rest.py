@@ -188,13 +188,12 @@ async def open_streams(
 async def is_quiet(reader: asyncio.StreamReader) -> bool:
     """Whether nothing came since the last answer: no end, and nothing that would be taken for the
     next answer (RFC 9112, 9.2), like a proxy's 408 to an idle connection."""
-    for _ in range(2):  # the first look lets the loop take in what has come by now
-        with contextlib.suppress(OSError):
-            async with asyncio.timeout(0) as at_once:
-                await reader.read(1)
-        if not at_once.expired():
-            return False
-    return True
+    for _ in range(2):  # the loop looks at its sockets, and takes in what has come by now
+        await asyncio.sleep(0)
+    with contextlib.suppress(OSError):
+        async with asyncio.timeout(0) as at_once:
+            await reader.read(1)
+    return at_once.expired()
 
 
 async def read_answer(reader: asyncio.StreamReader) -> tuple[int, bytes, bool]:
