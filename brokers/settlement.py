@@ -235,7 +235,7 @@ class Settlement:
             self._news.notify_all()
         left = self._judge([row for row in ended if row.mark not in found], reports, began)
         if resync:
-            self._look_up_missing(reports)
+            self._look_up_missing(reports, datetime.fromtimestamp(seen, UTC))
         with self._lock:
             self._news.notify_all()
             return self._next_pause(left) if left or self._late else None
@@ -317,11 +317,12 @@ class Settlement:
             }
             self._misses = {mark: count for mark, count in self._misses.items() if mark in keep}
 
-    def _look_up_missing(self, reports: list[OrderReport]) -> None:
-        """After a reconnect: what the journal holds open and the listing lacks."""
+    def _look_up_missing(self, reports: list[OrderReport], seen: datetime) -> None:
+        """After a reconnect: what the journal holds open and the listing lacks; what was heard of
+        since the listing was asked for, at `seen`, need not be in it."""
         listed = {report.order.order_id for report in reports}
         open_rows = self._journal.orders(self._instance.id, open_=True, since=None, limit=100)
-        missing = [row for row in open_rows if row.order_id not in listed]
+        missing = [row for row in open_rows if row.order_id not in listed and row.updated < seen]
         for row in missing[:LOOK_UP]:
             try:
                 self._instance.order(row.order_id, None, time.monotonic() + LISTING_SECONDS)
