@@ -145,7 +145,7 @@ class BaseBroker:
 
     booked_within: ClassVar[float] = 0.0
     """Seconds from the beginning of `place_order()` within which the broker may still accept the
-    order, whether anybody waits for it or not: as long as its own SDK waits for the answer."""
+    order, whether anybody waits for it or not: commonly as long as its SDK waits for the answer."""
 
     combinations: frozenset[Combination] | None = None
     """The kinds of orders this broker takes; None: whatever it is given."""
