@@ -791,7 +791,11 @@ class Journal:
         if self._file is not None:
             try:
                 self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                os.close(os.open(self._file, os.O_CREAT | os.O_RDWR, 0o600))
+                # Only a new one: whoever closes a file lets go of the locks that SQLite holds on it
+                # in this process (sqlite.org/howtocorrupt.html, 2.2).
+                os.close(os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+            except FileExistsError:
+                pass
             except OSError as error:
                 log.error("the journal's file cannot be made (%s)", error.strerror)
                 raise Busy(

@@ -6,6 +6,8 @@ import os
 import random
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -595,6 +597,20 @@ def test_an_older_schema_is_upgraded_once(path: Path, monkeypatch: pytest.Monkey
             with journal._reader.connect() as connection:
                 columns = [one["name"] for one in sa.inspect(connection).get_columns("orders")]
     assert columns.count("note") == 1
+
+
+def test_another_program_that_looks_at_an_upgraded_journal(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever closes a SQLite file last deletes its log; who that is, is told by locks."""
+    Journal(f"sqlite:///{path}").close()
+    monkeypatch.setattr(journal_module, "MIGRATIONS", (*journal_module.MIGRATIONS, ()))
+    look = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('SELECT * FROM orders')"
+    with closing(Journal(f"sqlite:///{path}")) as journal:
+        subprocess.run([sys.executable, "-c", look, str(path)], check=True, timeout=60)
+        row_id = begin(journal)
+        with closing(sqlite3.connect(path)) as database:
+            assert database.execute("SELECT id FROM orders").fetchall() == [(row_id,)]
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
