@@ -195,6 +195,10 @@ class BaseBroker:
         text = json.dumps(self.broker_args, sort_keys=True, default=str)
         return f"{self.broker_name}:{hashlib.sha256(text.encode()).hexdigest()}"
 
+    def window_key(self, window: str) -> str:
+        """Whose limit a window is; the account's, unless a broker counts some for a whole login."""
+        return self.account_key()
+
     def check_contract(self, contract: Contract) -> None:
         """Raises Unsupported when there is no quote for such a contract here."""
         if self.quote_regions is not None and contract.region not in self.quote_regions:

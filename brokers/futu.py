@@ -7,7 +7,6 @@ https://openapi.futunn.com/futu-api-doc/.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import secrets
 import time
@@ -64,6 +63,7 @@ from httptrading.model import (
 
 PIN_REFUSAL = "refused-pin"
 LISTING_DAYS = 10  # a gateway that was down over a long weekend finds its orders
+LOGIN_WINDOWS = {"unlock", "quote"}  # the others are counted for each account
 HISTORY_DAYS = 90  # what one history request spans at most
 REFUSED = -1  # Common.proto RetType_Failed; -100, -200, -400 and -500 leave the outcome open
 OFTEN = re.compile(r"频率太高|頻率太高|频繁|頻繁|too (high|often|frequent)|frequen", re.IGNORECASE)
@@ -149,8 +149,14 @@ class Futu(BaseBroker):
 
     def account_key(self) -> str:
         given = self._given
-        where = f"{given.host}:{given.port}:{given.trade_env}:{given.acc_id}"
-        return f"{self.broker_name}:{hashlib.sha256(where.encode()).hexdigest()}"
+        return f"{self._login()}:{given.trade_env}:{given.acc_id}"
+
+    def window_key(self, window: str) -> str:
+        return self._login() if window in LOGIN_WINDOWS else self.account_key()
+
+    def _login(self) -> str:
+        """An OpenD has one."""
+        return f"opend:{self._given.host}:{self._given.port}"
 
     def check_contract(self, contract: Contract) -> None:
         super().check_contract(contract)

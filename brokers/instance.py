@@ -38,7 +38,7 @@ from httptrading.brokers.journal import (
     OrderRequest,
     Outcome,
 )
-from httptrading.brokers.limits import WindowState, account_windows
+from httptrading.brokers.limits import WindowState, shared_windows
 from httptrading.brokers.local import LocalBroker
 from httptrading.brokers.process import ChildBroker
 from httptrading.brokers.reads import ReadMemory
@@ -173,7 +173,7 @@ class Instance:
         broker_class = type(self.broker)
         self._reads = ReadMemory({**broker_class.ages, **settings.ages})
         windows = {**self.broker.windows, **settings.windows}
-        self.windows = account_windows(self.broker.account_key(), windows)
+        self.windows = shared_windows(self.broker.window_key, windows)
         folder = hashlib.sha256(self.id.encode()).hexdigest()[:16]
         self.data_dir = data_dir / "instances" / folder
         self.workers: dict[str, Worker] = {}

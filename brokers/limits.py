@@ -1,4 +1,4 @@
-"""Sliding rate windows of one account: what the broker forbids never reaches it.
+"""Sliding rate windows of an account or a login: what the broker forbids never reaches it.
 
 A slot is taken when a call begins and is logged when the call has *ended*: the broker sees the
 request some time between the two, so this way it never counts one more than it allows, however
@@ -13,7 +13,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from httptrading.brokers.base import Window
@@ -80,20 +80,27 @@ class WindowState:
     left: int
 
 
+_lock = threading.Lock()
+"""One for all, as some are shared."""
+
+
 class Windows:
-    """All windows of one account; safe from any thread.
+    """All windows of one instance; safe from any thread.
 
     A call is admitted (queued), begun and ended, or withdrawn before it began.
     """
 
-    def __init__(self, declared: Mapping[str, Window]) -> None:
-        self._lock = threading.Lock()
-        self._slots = {name: _Slots(window) for name, window in declared.items()}
+    def __init__(
+        self,
+        declared: Mapping[str, Window],
+        slots_of: Callable[[str, Window], _Slots] = lambda _, window: _Slots(window),
+    ) -> None:
+        self._slots = {name: slots_of(name, window) for name, window in declared.items()}
 
     def admit(self, costs: Iterable[str], *, cancel: bool, patience: float) -> None:
         """Queues a call; RateLimited when its slots come free only after `patience` seconds."""
         wanted = self._wanted(costs)
-        with self._lock:
+        with _lock:
             wait = max(
                 (
                     slot.wait(
@@ -113,7 +120,7 @@ class Windows:
     def begin(self, costs: Iterable[str], *, cancel: bool) -> float:
         """Takes the slots of a queued call; 0 when it may run now, else the seconds to wait."""
         wanted = self._wanted(costs)
-        with self._lock:
+        with _lock:
             # The gap between two calls of one operation is that operation's own affair.
             wait = max(
                 (
@@ -140,14 +147,14 @@ class Windows:
 
     def withdraw(self, costs: Iterable[str], *, cancel: bool) -> None:
         """A queued call will never run."""
-        with self._lock:
+        with _lock:
             for name in costs:
                 self._slots[name].queued -= 1
                 self._slots[name].queued_cancels -= cancel
 
     def end(self, costs: Iterable[str]) -> None:
         """A call that had begun has ended."""
-        with self._lock:
+        with _lock:
             for name in costs:
                 self._slots[name].end()
 
@@ -158,7 +165,7 @@ class Windows:
         The running operation that makes the call may hold a slot of the same window itself, so the
         gap between the two is its own affair; `gaps` when no operation makes it.
         """
-        with self._lock:
+        with _lock:
             slot = self._slots[name]
             wait = slot.wait(0, cancel=False, gaps=gaps)
             if wait > 0:
@@ -168,12 +175,12 @@ class Windows:
     def remember(self, costs: Iterable[str], ages: Iterable[float]) -> None:
         """Calls of an earlier life of this process, so many seconds ago, still count."""
         moments = sorted(time.monotonic() - age for age in ages)
-        with self._lock:
+        with _lock:
             for name in costs:
                 self._slots[name].remember(moments)
 
     def state(self) -> dict[str, WindowState]:
-        with self._lock:
+        with _lock:
             return {
                 name: WindowState(slot.window.limit, slot.window.seconds, slot.left())
                 for name, slot in self._slots.items()
@@ -188,11 +195,13 @@ def _too_often(wait: float) -> RateLimited:
     )
 
 
-_accounts: dict[str, Windows] = {}
-_accounts_lock = threading.Lock()
+_shared: dict[tuple[str, str], _Slots] = {}
 
 
-def account_windows(account_key: str, declared: Mapping[str, Window]) -> Windows:
-    """The windows of an account, shared by every instance with the same credentials."""
-    with _accounts_lock:
-        return _accounts.setdefault(account_key, Windows(declared))
+def shared_windows(key_of: Callable[[str], str], declared: Mapping[str, Window]) -> Windows:
+    """Windows of which those with the same `key_of(name)` and name are one, for all instances."""
+    with _lock:
+        return Windows(
+            declared,
+            lambda name, window: _shared.setdefault((key_of(name), name), _Slots(window)),
+        )

@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def own_windows() -> None:
     """A simulator may get the port of one of an earlier test: then it is the same account to us,
     whose slots are used up."""
-    limits._accounts.clear()
+    limits._shared.clear()
 
 
 @pytest.fixture

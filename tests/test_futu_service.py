@@ -200,6 +200,26 @@ def test_polling_is_never_held_back(
 
 
 # --- several instances ------------------------------------------------------------------------
+def test_one_login_has_one_limit_for_quotes_and_each_account_one_for_orders(
+    opend: OpenD, exchange: Exchange, serve: Callable[..., Any]
+) -> None:
+    exchange.quote("HK", "00700", latest=Decimal(300))
+    names = ("quote", "place")
+    slow = {name: replace(Futu.windows[name], seconds=LONG) for name in names}
+    clients = serve(
+        instance(opend, windows=slow, ages={"quote": 0}),
+        instance(opend, 2, windows=slow, ages={"quote": 0}, arguments={"trade_env": "SIMULATE"}),
+    )
+    real, paper = (connected(client()) for client in clients)
+    for _ in range(30):
+        assert real.quote("HK", "00700").ok and paper.quote("HK", "00700").ok
+    assert [each.quote("HK", "00700").status for each in (real, paper)] == [429, 429]
+    for trader in (real, paper):
+        assert all(trader.place(ORDER).ok for _ in range(15))
+        assert trader.place(ORDER).status == 429
+    assert opend.violations == []
+
+
 def test_encrypted_and_plain_in_one_service(
     tmp_path: Path, opend: OpenD, exchange: Exchange, serve: Callable[..., Any]
 ) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from httptrading.brokers import limits
 from httptrading.brokers.base import Window
-from httptrading.brokers.limits import Windows, account_windows
+from httptrading.brokers.limits import Windows, shared_windows
 from httptrading.errors import RateLimited
 from simulators.scripted import LIMIT_ORDER, ScriptedBroker, stage
 
@@ -275,11 +275,23 @@ def test_a_call_in_several_windows_waits_for_all() -> None:
     windows.admit(["quick", "slow"], cancel=False, patience=0.0)
 
 
-def test_one_account_has_one_set_of_windows() -> None:
-    declared = {"w": Window(1, 10.0)}
-    one = account_windows("test:account-of-limits", declared)
-    assert account_windows("test:account-of-limits", declared) is one
-    assert account_windows("test:another", declared) is not one
+def test_what_is_counted_for_an_account_and_for_a_login() -> None:
+    declared = {"place": Window(1, 3600.0), "quote": Window(1, 3600.0)}
+
+    def windows(account: str, login: str) -> Windows:
+        return shared_windows(lambda name: login if name == "quote" else account, declared)
+
+    one, same, beside = windows("a1", "b"), windows("a1", "b"), windows("a2", "b")
+    elsewhere = windows("a3", "c")
+    for cost in declared:
+        one.admit([cost], cancel=False, patience=0.0)
+        assert one.begin([cost], cancel=False) == 0.0
+        one.end([cost])
+    left = [{name: state.left for name, state in each.state().items()} for each in (same, beside)]
+    assert left == [{"place": 0, "quote": 0}, {"place": 1, "quote": 0}]
+    assert {state.left for state in elsewhere.state().values()} == {1}
+    with pytest.raises(RateLimited):
+        beside.admit(["quote"], cancel=False, patience=0.0)
 
 
 # --- through the service ----------------------------------------------------------------------
