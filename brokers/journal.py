@@ -167,6 +167,10 @@ length anew. SQLite takes 999 values at least."""
 STARTS_WITHIN, OPENS_WITHIN = 5.0, 0.2
 """Seconds for which the start, and a request, wait for the journal to be opened."""
 
+REOPENS_AFTER = 60.0
+"""Seconds after an order's end from which on a broker that calls it open is believed: ends are not
+always for good (Futu lets a disabled order be enabled again, trade/modify-order.html)."""
+
 TOO_SLOW = "The order journal is too slow (is the disk overloaded?); nothing was sent."
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = ((),)
@@ -450,8 +454,9 @@ class Journal:
         """Joins what a list, a query or a push said to what is known.
 
         `seen`: when the broker was asked, or the push came in (`time.time()`; None: now). Filled
-        quantity never goes down, a final state is final. Writes only what changed; Busy when that
-        is not done by the `deadline` (`time.monotonic()`), but it is done still.
+        quantity never goes down, a final state is final, but for one that the broker itself takes
+        back much later. Writes only what changed; Busy when that is not done by the `deadline`
+        (`time.monotonic()`), but it is done still.
         """
         reports, moment = list(reports), time.time() if seen is None else seen
         rows = self._rows(instance_id, map(_names, reports))
@@ -556,6 +561,8 @@ class Journal:
         the row began (a push without a mark) was this order: the two become one."""
         if row.state in (NOT_PLACED, REFUSED) and values.get("state") == PLACED:
             log.error("an order that counted as %s is at the broker after all", row.state)
+        elif values.get("is_open") and not row.is_open:
+            log.warning("order %s had ended, and is open again", row.order_id)
         order_id = values.get("order_id")
         if order_id is not None:
             named = {"instance": row.instance_id, "by_order_id": order_id, "row": row.id}
@@ -913,7 +920,7 @@ def _news(
     # News from before the refusal (a push that was overtaken) does not call it in question.
     alive = order.filled_qty > 0 or (not order.is_completed and moment > row.updated)
     revived = row.state in (NOT_PLACED, REFUSED) and alive
-    values = _merged(row, order, revived)
+    values = _merged(row, order, revived or _reopened(row, order, moment))
     if order.order_id and row.order_id is None:
         values["order_id"] = order.order_id
     if revived or (row.state in UNSETTLED and order.order_id):
@@ -923,10 +930,20 @@ def _news(
     return values
 
 
+def _reopened(row: Any, news: Order, moment: float) -> bool:
+    """Whether an order that had ended is open again. An overtaken push says so as well, but not
+    so much later."""
+    ended = row.state in (PLACED, SEEN) and not row.is_open and Decimal(row.filled_qty) < news.qty
+    older = news.filled_qty < Decimal(row.filled_qty)
+    is_late = moment > row.updated + REOPENS_AFTER
+    return bool(ended and is_late and not older and not news.is_completed)
+
+
 def _merged(row: Any, news: Order, revived: bool = False) -> dict[str, Any]:
-    """The columns that the news changes. `revived`: the row counted as no order until now."""
+    """The columns that the news changes. `revived`: the row counted as no order, or as one that
+    had ended, until now."""
     known = _order_of(row)
-    base = replace(known, error_reason="") if revived else known
+    base = replace(known, error_reason="", is_canceled=False) if revived else known
     merged = merge(base, news, row.is_open or revived, Decimal(row.priced_qty))
     before, after = _known(known), _known(merged)
     values = {name: after[name] for name in after if after[name] != before[name]}

@@ -279,6 +279,33 @@ def test_an_order_that_is_alive_after_all(
         assert f"counted as {state}" in caplog.text
 
 
+@pytest.mark.parametrize("end", [{"error_reason": "DISABLED"}, {"is_canceled": True}])
+def test_an_end_that_the_broker_takes_back(
+    journal: Journal, caplog: pytest.LogCaptureFixture, end: dict[str, Any]
+) -> None:
+    """An overtaken push says the same as a broker that has taken an order up again, but at once."""
+    row_id = begin(journal)
+    settle(journal, row_id, PLACED, "1")
+    ended = report(journal, row_id, filled_qty=3, avg_price=5, **end)
+    journal.record(ID, [ended])
+    for open_again, later in (
+        (replace(ended, order=order(filled_qty=3, avg_price=5)), 50),
+        (replace(ended, order=order(filled_qty=2, avg_price=5)), 70),
+    ):
+        journal.record(ID, [open_again], time.time() + later)
+        assert row_of(journal, row_id).order == ended.order
+    again = order(filled_qty=4, avg_price=6)
+    assert journal.orders(ID, open_=True, since=None, limit=9) == []
+    journal.record(ID, [replace(ended, order=again)], time.time() + 70)
+    row = row_of(journal, row_id)
+    assert (row.order, row.is_open, row.state) == (again, True, PLACED)
+    assert "order 1 had ended" in caplog.text
+    journal.record(ID, [replace(ended, order=order(filled_qty=10, avg_price=6))])
+    journal.record(ID, [replace(ended, order=again)], time.time() + 70)
+    row = row_of(journal, row_id)
+    assert row.order.is_filled and not row.is_open, "what is filled stays so"
+
+
 def test_a_partly_filled_then_cancelled_order_that_counted_as_not_placed(journal: Journal) -> None:
     row_id = begin(journal)
     settle(journal, row_id, NOT_PLACED, "not there")
