@@ -580,6 +580,9 @@ class _Lane(threading.Thread):
         call, wait = self._worker.next_call(self)
         if call is not None:
             await self._run(call)
+            # A call may run without giving the loop its turn. What the broker has told meanwhile
+            # comes before the next one: a connection that it has given up sends nothing more.
+            await asyncio.sleep(0)
             return
         if self._stopping or self._lost:
             return

@@ -22,7 +22,7 @@ from httptrading.brokers import gateway as gateway_module
 from httptrading.brokers import worker as worker_module
 from httptrading.brokers.registry import broker_register
 from httptrading.brokers.worker import BACK_OFF, Worker
-from httptrading.errors import BrokerUnavailable, HttpTradingError, TimedOut
+from httptrading.errors import BrokerUnavailable, HttpTradingError, OutcomeUnknown, TimedOut
 from httptrading.model import Cash, Fill, Order, OrderReport
 from simulators.scripted import LIMIT_ORDER, Script, ScriptedBroker, Stage, stage
 
@@ -422,6 +422,31 @@ def test_an_operation_that_finds_the_line_cut_reconnects(on: Stage) -> None:
     wait_for(lambda: on.trader().cash().ok, "a fresh connection")
     assert len(on.script.brokers) == 2
     assert len(on.script.calls("close")) == 1
+
+
+def test_no_call_runs_on_a_connection_that_the_one_before_has_given_up(on: Stage) -> None:
+    """The answer to the first order would come late, and be taken for the second one's."""
+    used: list[ScriptedBroker] = []
+
+    def cut(**arguments: Any) -> str:
+        used.append(on.script.brokers[-1])
+        if len(used) == 1:
+            used[0].lost("The line was cut")
+            raise OutcomeUnknown("No answer")
+        placed: str = on.script.usual("place_order", arguments)
+        return placed
+
+    on.script.do["place_order"] = cut
+    with clients() as pool:
+        with busy_worker(on, pool):
+            placing = []
+            for number in (1, 2):
+                placing.append(pool.submit(on.trader().place, LIMIT_ORDER, timeout=30))
+                wait_for(lambda number=number: ready_calls(on) == number, "an order that may run")
+        codes = [future.result().code for future in placing]
+    assert "OUTCOME_UNKNOWN" in codes
+    assert used[0] not in used[1:]
+    wait_for(lambda: on.trader().place(LIMIT_ORDER).ok, "an order over a fresh connection")
 
 
 def test_a_missing_sdk_is_told(tmp_path: Path) -> None:
