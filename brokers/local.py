@@ -87,8 +87,6 @@ class LocalBroker:
             text = f"The answer of {broker.broker_display} to {operation} has {error}"
             log.error("%s.%s: the answer has %s", broker.broker_name, operation, error)
             raise (OutcomeUnknown(text) if changes else InternalError(text)) from None
-        except NotImplementedError:
-            raise Unsupported(f"{broker.broker_display} does not offer {operation}") from None
         except TimeoutError:
             if changes:
                 raise _unknown(broker) from None
@@ -96,6 +94,8 @@ class LocalBroker:
         except asyncio.CancelledError:
             raise
         except BaseException as error:
+            if isinstance(error, NotImplementedError) and _left_out(broker, operation, error):
+                raise Unsupported(f"{broker.broker_display} does not offer {operation}") from None
             _log_unexpected(broker, operation, error)
             if changes:
                 raise _unknown(broker) from None
@@ -129,6 +129,13 @@ def _leave_imports_alone(kind: type[BaseBroker]) -> None:
         _imported.add(kind)
         gc.collect()
         gc.freeze()
+
+
+def _left_out(broker: BaseBroker, operation: str, error: NotImplementedError) -> bool:
+    """Whether the broker's own method says so; an SDK that raises it, perhaps at the answer to an
+    order, does not say that nothing was sent."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_code.co_name == operation and frame.f_locals.get("self") is broker
 
 
 def _unknown(broker: BaseBroker) -> OutcomeUnknown:
