@@ -45,9 +45,9 @@ def _ping(value: Any) -> bool:
 
 
 def _placed(value: Any) -> str:
-    """ "" and 0 are some SDKs' words for "no id"."""
+    """ "", blanks and 0 are some SDKs' words for "no id"."""
     order_id = _id(value, "order id")
-    if order_id in ("", "0"):
+    if order_id.strip() in ("", "0"):
         raise NonsenseAnswer("no order id")
     return order_id
 

@@ -335,7 +335,7 @@ def test_any_other_error_leaves_it_open(on: Stage, error: BaseException) -> None
     assert len(on.script.calls("place_order")) == 1
 
 
-@pytest.mark.parametrize("nothing", [None, "", 0, "0", True, 1.5])
+@pytest.mark.parametrize("nothing", [None, "", " ", 0, "0", True, 1.5])
 def test_an_answer_without_an_id_leaves_it_open(on: Stage, nothing: Any) -> None:
     usual = on.script.usual
 
