@@ -318,11 +318,12 @@ def parse_accounts(rows: Iterable[Mapping[str, Any]], env: str, acc_id: int) -> 
     trades stocks there. What lies in others is not shown, since it cannot be sold from here.
 
     SIMULATE lists accounts for options, futures and competitions beside those for stocks, FUTUJP
-    one for derivatives, which has the US for its options.
+    one for derivatives, which has the US for its options. A MASTER of other accounts comes last:
+    it may not place orders (place_order.py of Futu's own skill futuapi).
     """
     fit = [
         Account(int(row["acc_id"]), tuple(row["trdmarket_auth"]))
-        for row in rows
+        for row in sorted(rows, key=lambda row: row["acc_role"] == "MASTER")
         if row["trd_env"] == env
         and row["acc_status"] != "DISABLED"
         and row["acc_role"] != "IPO"

@@ -269,6 +269,16 @@ def test_a_japanese_account_for_derivatives_is_not_one_for_stocks(
     assert asked == [52]
 
 
+def test_the_master_of_other_accounts_gets_no_orders(
+    connect: Callable[..., Futu], opend: OpenD, exchange: Exchange
+) -> None:
+    opend.accounts = (
+        Account(61, REAL, ("HK", "US", "HKCC"), role=2),
+        Account(62, REAL, ("HK", "US", "HKCC")),
+    )
+    assert exchange.orders[place(connect())].account == "62"
+
+
 def test_a_missing_account_is_named(connect: Callable[..., Futu], opend: OpenD) -> None:
     with pytest.raises(BrokerUnavailable, match="no REAL account with this acc_id"):
         connect(acc_id=1)

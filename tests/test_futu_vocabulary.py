@@ -266,6 +266,7 @@ def test_orders_go_to_accounts_for_stocks_only() -> None:
         account_row(3, ["US"], sim_acc_type="COMPETITION"),
         account_row(4, ["US"], sim_acc_type="STOCK_AND_OPTION"),
         account_row(5, ["CN"]),
+        account_row(10, ["HK", "US", "HKCC"], trd_env="REAL", acc_role="MASTER"),
         account_row(6, ["HK", "US", "HKCC"], trd_env="REAL", sim_acc_type="N/A"),
         account_row(7, ["MY"], trd_env="REAL", acc_role="IPO"),
         account_row(8, ["HK", "US"], trd_env="REAL", sim_acc_type="N/A"),
@@ -278,6 +279,7 @@ def test_orders_go_to_accounts_for_stocks_only() -> None:
     assert real[0].serves("CN") and real[0].serves("HK")
     assert words.parse_accounts(rows, "SIMULATE", 5) == paper[1:]
     assert [account.acc_id for account in words.parse_accounts(rows, "REAL", 8)] == [8]
+    assert [account.acc_id for account in words.parse_accounts(rows, "REAL", 10)] == [10]
     assert words.parse_accounts([account_row(9, ["JP"])], "SIMULATE", 0) == []
 
 

@@ -117,6 +117,7 @@ class Account:
     firm: int = 1  # FUTUSECURITIES
     active: bool = True
     acc_type: int = 2  # margin; 1 cash, 6 derivatives (of FUTUJP)
+    role: int = 1  # normal; 2 master, 3 IPO
 
 
 ACCOUNTS = (
@@ -519,7 +520,7 @@ class OpenD:
                     "securityFirm": account.firm,
                     "simAccType": account.sim_type,
                     "accStatus": 0 if account.active else 1,
-                    "accRole": 1,
+                    "accRole": account.role,
                 }
                 for account in self.accounts
             ]
