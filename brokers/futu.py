@@ -495,11 +495,14 @@ class Futu(BaseBroker):
         ret, data = function(*args, **arguments)
         if ret == 0:
             return data
-        if context.answer is not None and context.answer[0] == REFUSED:
+        if context.answer is not None and context.answer[0]:
             words = str(context.answer[1])
-            if changes and DOUBTFUL.search(words):
+            refused = context.answer[0] == REFUSED
+            if changes and (not refused or DOUBTFUL.search(words)):
                 raise OutcomeUnknown(f"OpenD could not say what became of it: {words}")
-            raise self._refusal(words, check_login)
+            if refused:
+                raise self._refusal(words, check_login)
+            raise TimedOut(f"OpenD could not answer: {words}")
         if context.answer is None and str(data) in futu_sdk.NOT_SENT:
             raise BrokerUnavailable("The connection to OpenD is broken")
         if not context.packed:

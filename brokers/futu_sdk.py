@@ -162,7 +162,8 @@ def open_context(
                 return packed
 
             def unpack(response: Any) -> Any:
-                self.answer = (response.retType, response.retMsg)
+                if response.HasField("retType"):  # else the SDK could not parse it
+                    self.answer = (response.retType, response.retMsg)
                 return unpack_func(response)
 
             ask = super()._get_sync_query_processor(pack, unpack)

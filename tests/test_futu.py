@@ -858,6 +858,19 @@ def test_opends_own_doubts_leave_an_order_open(
     broker = connect()
     assert type(failing(lambda: place(broker))) is OutcomeUnknown
     assert len(exchange.orders) == 1
+    assert told(broker).losses == []  # it did answer
+
+
+@pytest.mark.parametrize("ret_type", [-100, -200, -400, -500])
+def test_a_read_that_opend_cannot_answer_costs_no_connection(
+    connect: Callable[..., Futu], opend: OpenD, ret_type: int
+) -> None:
+    broker = connect()
+    opend.failing, opend.ret_type, opend.ret_msg = "cash", ret_type, "后台超时"
+    with pytest.raises(TimedOut, match="后台超时"):
+        broker.cash()
+    opend.ret_type = 0
+    assert broker.cash().amount and told(broker).losses == []
 
 
 @pytest.mark.parametrize("kind", [FaultKind.CUT, FaultKind.GARBAGE])

@@ -159,7 +159,8 @@ class OpenD:
     QotMarketState). `raw_status`: order id → OrderStatus number shown instead of the exchange's.
     `left_out`: optional fields that orders, fills and positions come without. `busted`: fill ids
     that are shown as cancelled.
-    `ret_type`, `ret_msg`: the RetType and words answered to orders, which are taken.
+    `ret_type`, `ret_msg`: the RetType and words answered to orders, which are taken, or to the
+    operation in `failing`.
     `locked`: REAL orders need UnlockTrade first. `enforce_limits`: too frequent requests are
     refused in OpenD's own words and listed in `violations`.
     """
@@ -192,6 +193,7 @@ class OpenD:
         self.violations: list[str] = []
         self.ret_type = 0
         self.ret_msg = ""
+        self.failing = "place"
         self._rsa = RSA.import_key(rsa_key.read_bytes()) if rsa_key else None
         self._restart_locked = locked
         self._port_is_kept = False
@@ -417,7 +419,7 @@ class OpenD:
                 _fill(response.s2c, values)
             else:
                 response.s2c.SetInParent()
-            if self.ret_type and operation == "place":
+            if self.ret_type and operation == self.failing:
                 response = module.Response(retType=self.ret_type, retMsg=self.ret_msg)
         except Refused as refused:
             response = module.Response(retType=-1, retMsg=str(refused))
