@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import select
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -1685,6 +1686,20 @@ def test_ten_orders_at_once(gateway: TigerGateway, exchange: Exchange, tmp_path:
         assert len({answer["orderId"] for answer in answers}) == len(exchange.orders) == 10
         # Half a second on an idle machine.
         assert max(answer.seconds for answer in answers) < 25
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="Linux delays acknowledgements")
+def test_an_answer_in_two_pieces_is_not_held_up(account: Any, gateway: TigerGateway) -> None:
+    """Its body waits for the head's acknowledgement, which Linux delays by 40 ms; but not always on
+    a new connection."""
+    gateway.writes_apart, gateway.enforce_limits = True, False
+
+    def seconds() -> float:
+        began = time.monotonic()
+        assert account.ping()
+        return time.monotonic() - began
+
+    assert min([seconds() for _ in range(40)][20:]) < 0.03
 
 
 def test_tiger_is_away_when_the_service_starts(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import contextlib
 import enum
 import itertools
 import json
+import socket
 import ssl
 import threading
 import time
@@ -222,6 +223,7 @@ class TigerGateway:
         self.heartbeat_ms = heartbeat_ms
         self.http_port = self.push_port = 0
         self.deaf = False  # requests and frames are taken in and never answered
+        self.writes_apart = False  # an answer's body waits until its head is acknowledged
         self.enforce_limits = True
         # Or "code": HTTP 200 with code 4; "account": said from behind the gateway
         self.rate_limit_form = "http"
@@ -412,6 +414,11 @@ class TigerGateway:
                     writer.write(bytes([byte]))
                     await writer.drain()
                     await asyncio.sleep(0.3)
+            elif self.writes_apart:  # as Python's own http.server does
+                server = writer.get_extra_info("socket")
+                server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
+                writer.write(text.removesuffix(payload))
+                writer.write(payload)
             else:
                 writer.write(text)
             await writer.drain()
