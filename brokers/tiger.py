@@ -250,7 +250,9 @@ class Tiger(BaseBroker):
         tiger_push.subscribe(address, key, subscription)
 
     def _order_pushed(self, data: Any) -> None:
-        if data.id > 0:
+        """Tiger pushes orders of every kind, and lists stocks' only: another's end would be missed
+        whenever push is down."""
+        if data.id > 0 and data.secType in ("", "STK"):
             self.report(mapping.parse_push(data))
 
     def close(self) -> None:

@@ -1506,6 +1506,20 @@ def test_orders_are_pushed(args: dict[str, Any], gateway: TigerGateway, exchange
         link.wait_for(lambda: link.stales)
 
 
+def test_orders_for_what_is_no_stock_are_left_alone(
+    args: dict[str, Any], gateway: TigerGateway, exchange: Exchange
+) -> None:
+    """Tiger pushes the account's options and futures, too, which its lists of stocks never tell."""
+    with connected(args, "trade") as broker:
+        exchange.wait_for(lambda: subscribed(exchange) == 3)
+        gateway.sec_type = "OPT"
+        place(broker)
+        gateway.sec_type = "STK"
+        order_id = place(broker)
+        broker.link.wait_for(lambda: broker.link.reports)
+        assert [report.order.order_id for report in broker.link.reports] == [order_id]
+
+
 def test_two_accounts_share_one_push_connection(
     args: dict[str, Any], gateway: TigerGateway, exchange: Exchange
 ) -> None:

@@ -233,6 +233,7 @@ class TigerGateway:
         self.market_states = {"US": "TRADING", "HK": "MARKET_CLOSED", "CN": "MIDDLE_CLOSE"}
         self.currency_assets = True  # False: prime_assets tells the segment's total only
         self.wire_status: dict[str, str | int] = {}  # order id → status instead of the usual one
+        self.sec_type = "STK"  # of what is pushed
         self.refusals: dict[str, tuple[int, str]] = {}  # operation → code and words, every time
         self.rewrites: dict[str, Callable[[Any], Any]] = {}  # operation → what becomes of its data
         self.push_sessions: list[PushSession] = []
@@ -928,7 +929,7 @@ class TigerGateway:
         data = frame.body.orderStatusData
         data.id, data.account, data.symbol = int(order.order_id), order.account, order.ticker
         data.market, data.currency = order.region, CURRENCY[order.region]
-        data.secType, data.segType, data.action = "STK", "S", order.direction
+        data.secType, data.segType, data.action = self.sec_type, "S", order.direction
         data.orderType = "LMT" if order.order_type == "Limit" else "MKT"
         data.totalQuantity, data.totalQuantityScale = scaled(order.qty)
         data.filledQuantity, data.filledQuantityScale = scaled(order.filled)
