@@ -21,6 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
+from httptrading.brokers.sockets import acknowledge_at_once
+
 CONNECT_SECONDS = 5.0
 IDLE_SECONDS = 30.0
 """A connection idle for longer is not used: a middle box may have forgotten it without a word, and
@@ -84,6 +86,7 @@ class LongPortRest:
             keep = False
             try:
                 writer.write(request)
+                acknowledge_at_once(writer.get_extra_info("socket"))
                 await writer.drain()
                 status, text, keep = await read_answer(reader)
                 self._answered = time.monotonic()

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from httptrading.brokers.sockets import acknowledge_at_once
 from httptrading.errors import BrokerUnavailable, Busy, HttpTradingError, RateLimited
 
 log = logging.getLogger("httptrading.tiger")
@@ -134,14 +135,6 @@ class _Deadlined(io.RawIOBase):
         super().close()
 
 
-def _acknowledge_at_once(sock: socket.socket) -> None:
-    """A server that writes head and body of an answer apart holds the body back until the head is
-    acknowledged (RFC 896), which Linux delays by 40 ms on a connection that was used before. The
-    option does not last (tcp(7)), hence with every request."""
-    if hasattr(socket, "TCP_QUICKACK"):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-
-
 def _response_within(left: Callable[[], float]) -> type[http.client.HTTPResponse]:
     class Response(http.client.HTTPResponse):
         def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
@@ -223,7 +216,7 @@ class Transport:
         try:
             connection.sock.settimeout(self._left())
             connection.request("POST", self._url.path or "/", body, dict(headers))
-            _acknowledge_at_once(connection.sock)
+            acknowledge_at_once(connection.sock)
             response = connection.getresponse()
             answer = response.read(MOST_BYTES)
         except TimeoutError:
