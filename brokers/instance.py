@@ -176,6 +176,7 @@ class Instance:
         self.windows = shared_windows(self.broker.window_key, windows)
         folder = hashlib.sha256(self.id.encode()).hexdigest()[:16]
         self.data_dir = data_dir / "instances" / folder
+        self._windows_dir = data_dir / "windows"
         self.workers: dict[str, Worker] = {}
         self._worker_of: dict[str, Worker] = {}
         for name, operations in self.broker.connections.items():
@@ -214,11 +215,7 @@ class Instance:
 
     # --- life ---------------------------------------------------------------------------------
     def start(self) -> None:
-        costs = self.broker.costs.get("place_order", ())
-        longest = max((self.windows.state()[name].seconds for name in costs), default=0.0)
-        if longest:
-            with suppress(Busy):
-                self.windows.remember(costs, self._journal.sent_ages(self.id, longest))
+        self.windows.keep_in(self._windows_dir)
         self.settlement.start()
         for worker in self.workers.values():
             worker.start()

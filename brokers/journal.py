@@ -653,18 +653,6 @@ class Journal:
         [row] = self._rows(instance_id, [("", order_id)])
         return None if row is None else _as_read(row)
 
-    def sent_ages(self, instance_id: str, seconds: float) -> list[float]:
-        """How many seconds ago each order was sent, for those of the last `seconds`."""
-        now = time.time()
-        statement = sa.select(_orders.c.updated).where(
-            _orders.c.instance_id == instance_id,
-            _orders.c.created >= now - seconds - 60,
-            _orders.c.client_order_id.is_not(None),
-        )
-        with self._connected() as connection:
-            ages = [now - moment for moment in connection.execute(statement).scalars()]
-        return [max(0.0, age) for age in ages if age < seconds]
-
     def by_row_id(self, row_id: int) -> JournalOrder | None:
         return self._one(_BY_ROW, row=row_id)
 

@@ -9,12 +9,17 @@ would wait behind those already queued, which a true `Retry-After` needs.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 import threading
 import time
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from httptrading.brokers.base import Window
 from httptrading.errors import RateLimited
@@ -23,13 +28,17 @@ from httptrading.errors import RateLimited
 class _Slots:
     """One window: when its logged calls ended, the running calls, and those waiting for a slot."""
 
-    def __init__(self, window: Window) -> None:
+    def __init__(self, window: Window, key: str = "") -> None:
+        """`key` names it among all windows of all accounts."""
         self.window = window
         self.running = 0
         self.queued = 0
         self.queued_cancels = 0
         self._ends: deque[float] = deque(maxlen=window.limit)
         self._last = -math.inf  # when a call last began or ended
+        self._key = key
+        self._notes: Path | None = None
+        self._noting = threading.Lock()
 
     def wait(self, ahead: int, *, cancel: bool, gaps: bool = True) -> float:
         """Seconds until one more call may begin after `ahead` others."""
@@ -58,9 +67,42 @@ class _Slots:
         self._last = time.monotonic()
         self._ends.append(self._last)
 
-    def remember(self, moments: list[float]) -> None:
-        newest = sorted([*self._ends, *moments])[-self.window.limit :]
-        self._ends = deque(newest, maxlen=self.window.limit)
+    def keep_in(self, folder: Path) -> None:
+        """Goes on from what an earlier process has noted in this folder, and notes there. A call
+        that was running when it was killed has ended by now."""
+        if self._notes is not None:
+            return
+        self._notes = folder / hashlib.sha256(self._key.encode()).hexdigest()[:32]
+        noted = array("d")
+        try:
+            noted.frombytes(self._notes.read_bytes())
+            running, ended, *moments = map(float, noted)
+            # A clock that was set back makes them later than now.
+            ages = [max(0.0, time.time() - moment) for moment in moments[: int(ended)]]
+            ages += [0.0] * min(int(running), self.window.limit)
+        except (OSError, ValueError, OverflowError):  # nothing, or nothing of ours
+            return
+        now = time.monotonic()
+        ends = sorted(now - age for age in ages if age < self.window.seconds)
+        self._ends.extend(ends)
+
+    def note(self) -> None:
+        """What was written outlives the process, killed or not. A machine that has lost it by a
+        power cut takes as long to start as the windows last."""
+        if self._notes is None:
+            return
+        with self._noting:
+            with _lock:
+                clock = time.time() - time.monotonic()
+                moments = [clock + end for end in self._ends]
+                noted = array("d", [self.running, len(moments), *moments])
+            with suppress(OSError):  # a full disk, say; this life's calls are counted all the same
+                # In one write, and nothing is cut off before it: never half a note.
+                file = os.open(self._notes, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                try:
+                    os.write(file, noted)
+                finally:
+                    os.close(file)
 
     def left(self) -> int:
         self._forget(time.monotonic())
@@ -81,7 +123,7 @@ class WindowState:
 
 
 _lock = threading.Lock()
-"""One for all, as some are shared."""
+"""One for all windows, as some are shared."""
 
 
 class Windows:
@@ -172,12 +214,21 @@ class Windows:
                 raise _too_often(wait)
             slot.begin()
 
-    def remember(self, costs: Iterable[str], ages: Iterable[float]) -> None:
-        """Calls of an earlier life of this process, so many seconds ago, still count."""
-        moments = sorted(time.monotonic() - age for age in ages)
+    def keep_in(self, folder: Path) -> None:
+        """What an earlier process has sent still counts, if it was noted in this folder; so is what
+        this one sends from now on."""
+        if self._slots:
+            with suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _lock:
-            for name in costs:
-                self._slots[name].remember(moments)
+            for slot in self._slots.values():
+                slot.keep_in(folder)
+
+    def note(self, costs: Iterable[str]) -> None:
+        """After a call has begun, before it is sent, and after it has ended; may wait for a slow
+        disk, and holds nobody else up then."""
+        for name in set(costs):
+            self._slots[name].note()
 
     def state(self) -> dict[str, WindowState]:
         with _lock:
@@ -195,7 +246,7 @@ def _too_often(wait: float) -> RateLimited:
     )
 
 
-_shared: dict[tuple[str, str], _Slots] = {}
+_shared: dict[str, _Slots] = {}
 
 
 def shared_windows(key_of: Callable[[str], str], declared: Mapping[str, Window]) -> Windows:
@@ -203,5 +254,7 @@ def shared_windows(key_of: Callable[[str], str], declared: Mapping[str, Window])
     with _lock:
         return Windows(
             declared,
-            lambda name, window: _shared.setdefault((key_of(name), name), _Slots(window)),
+            lambda name, window: _shared.setdefault(
+                key := f"{key_of(name)} {name}", _Slots(window, key)
+            ),
         )

@@ -347,6 +347,9 @@ class Worker:
             call.set_exception(not_sent_in_time())
         return found, wait
 
+    def note(self, call: Call) -> None:
+        self._windows.note(call.costs)
+
     def ended(self, call: Call) -> None:
         self._windows.end(call.costs)
 
@@ -596,10 +599,11 @@ class _Lane(threading.Thread):
         result: Any = None
         error: HttpTradingError | None = None
         try:
+            self._worker.note(call)
             if call.begin is not None:
                 call.begin()
-                if self._given_up or time.monotonic() >= call.deadline:
-                    raise not_sent_in_time()  # a slow disk has used the time up
+            if self._given_up or time.monotonic() >= call.deadline:
+                raise not_sent_in_time()  # a slow disk has used the time up
             # The waiter leaves at its deadline; the operation gets a little less, so that it can
             # say itself what became of it.
             result = await self._backend.run(
@@ -637,6 +641,7 @@ class _Lane(threading.Thread):
             call.set_exception(error)
         else:
             call.set_result(result)
+        self._worker.note(call)
 
 
 class _LaneLink:
@@ -682,6 +687,7 @@ class _LaneLink:
             windows.end((window,))
         else:
             call.costs = (*call.costs, window)
+        windows.note((window,))
 
     def quote_of(self, instance_id: str, contract: Contract) -> Quote:
         return self._worker._listener.quote_of(instance_id, contract)

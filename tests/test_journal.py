@@ -680,7 +680,6 @@ def test_every_query_uses_an_index(journal: Journal) -> None:
     journal.by_client_order_id(ID, "a")
     journal.by_order_id(ID, "1")
     journal.unsettled(ID)
-    journal.sent_ages(ID, 60)
     for open_ in (True, False, None):
         for since in (datetime.now(UTC), None):
             journal.orders(ID, open_=open_, since=since, limit=10)

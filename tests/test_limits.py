@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -294,6 +295,73 @@ def test_what_is_counted_for_an_account_and_for_a_login() -> None:
         beside.admit(["quote"], cancel=False, patience=0.0)
 
 
+def another_life(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, key: str = "an account", **declared: Window
+) -> Windows:
+    """The windows as another process has them, which keeps its notes in the folder."""
+    monkeypatch.setattr(limits, "_shared", {})
+    windows = shared_windows(lambda _: key, declared or {"w": Window(9, 3600.0)})
+    windows.keep_in(folder)
+    return windows
+
+
+def left_of(windows: Windows) -> dict[str, int]:
+    return {name: state.left for name, state in windows.state().items()}
+
+
+@pytest.mark.parametrize("running", [0, 2])
+def test_calls_of_an_earlier_life_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, running: int
+) -> None:
+    """Whatever they were, and also those that were under way when it was killed."""
+    declared = {"w": Window(9, 3600.0), "other": Window(3, 3600.0)}
+    before = another_life(monkeypatch, tmp_path / "windows", **declared)
+    beside = shared_windows(lambda _: "an account", declared)
+    beside.keep_in(tmp_path / "windows")  # another instance with its key
+    for _ in range(3):
+        before.take("w")
+        before.end(["w"])
+    for _ in range(running):
+        beside.take("w")
+    before.note(["w", "other"])
+    assert left_of(another_life(monkeypatch, tmp_path / "windows", "another", **declared)) == {
+        "w": 9,
+        "other": 3,
+    }
+    after = another_life(monkeypatch, tmp_path / "windows", **declared)
+    assert left_of(after) == {"w": 9 - 3 - running, "other": 3}
+    with pytest.raises(RateLimited) as refused:
+        for _ in range(9):
+            after.take("w")
+    assert refused.value.retry_after == pytest.approx(3600.0, abs=60.0)
+
+
+def test_notes_of_long_ago_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = another_life(monkeypatch, tmp_path, w=Window(2, 3600.0))
+    before.take("w")
+    before.end(["w"])
+    before.note(["w"])
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + 3601)
+    assert left_of(another_life(monkeypatch, tmp_path, w=Window(2, 3600.0))) == {"w": 2}
+
+
+def test_windows_without_a_place_for_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "windows").write_text("a file where the folder should be")
+    windows = another_life(monkeypatch, tmp_path / "windows")
+    windows.take("w")
+    windows.note(["w"])
+    assert left_of(windows) == {"w": 8}
+
+
+def test_unreadable_notes_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    another_life(monkeypatch, tmp_path).note(["w"])
+    (path,) = tmp_path.iterdir()
+    for content in (b"", b"odd", b"\xff" * 40, bytes(80)):
+        path.write_bytes(content)
+        assert left_of(another_life(monkeypatch, tmp_path)) == {"w": 9}, content
+
+
 # --- through the service ----------------------------------------------------------------------
 class LimitedBroker(ScriptedBroker):
     windows = {"trade": Window(4, 3600.0, kept=2), "quotes": Window(2, 1.0)}
@@ -341,3 +409,19 @@ def test_instances_with_the_same_credentials_share_their_windows(tmp_path: Any) 
         on.ready()
         assert all(on.trader(number).place(LIMIT_ORDER).ok for number in (0, 1))
         assert [on.trader(number).place(LIMIT_ORDER).status for number in (0, 1)] == [429, 429]
+
+
+def test_what_was_sent_before_a_restart_counts(tmp_path: Any, monkeypatch: Any) -> None:
+    """Cancellations and questions, too, which the journal does not hold."""
+
+    class SameAccount(LimitedBroker):
+        def account_key(self) -> str:
+            return "test:the-same-account-again"
+
+    with stage(tmp_path, kind=SameAccount) as on:
+        on.ready()
+        assert [on.trader().cancel("69788888").status for _ in range(2)] == [200, 200]
+    monkeypatch.setattr(limits, "_shared", {})  # another process
+    with stage(tmp_path, kind=SameAccount) as on:
+        on.ready()
+        assert on.trader().place(LIMIT_ORDER).code == "RATE_LIMITED"
