@@ -311,14 +311,24 @@ class Futu(BaseBroker):
         """Open and today's orders from the server, and what is finished of the last LISTING_DAYS:
         the list of today's has nothing from before midnight."""
         found: dict[str, OrderReport] = {}
-        for account in self._accounts:
-            self.take(self._window("orders", account))
-            rows = self._rows(self._context.order_list_query, account, refresh_cache=True)
-            for row in self._history(account, LISTING_DAYS) + rows:
-                report = self._remember(row, account)
-                if report is not None:
-                    found[report.order.order_id] = report
+        try:
+            for account in self._accounts:
+                self.take(self._window("orders", account))
+                rows = self._rows(self._context.order_list_query, account, refresh_cache=True)
+                rows = self._history(account, LISTING_DAYS) + rows
+                found |= {one.order.order_id: one for one in self._reports(rows, account)}
+        except RateLimited:
+            # OpenD's own memory is not limited. It is no listing, but an order whose outcome is
+            # not known yet may be in it, and others may use the windows up for long.
+            for account in self._accounts:
+                rows = self._rows(self._context.order_list_query, account)
+                self.report(*self._reports(rows, account))
+            raise
         return list(found.values())
+
+    def _reports(self, rows: list[dict[str, Any]], account: Account) -> list[OrderReport]:
+        reports = (self._remember(row, account) for row in rows)
+        return [report for report in reports if report is not None]
 
     def listed_since(self, now: datetime) -> datetime:
         """The dates of a listing are tomorrow's and back, and days of the market: one that is

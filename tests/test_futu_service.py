@@ -171,6 +171,23 @@ def test_a_list_asked_for_too_often_does_not_hold_up_cancel_all(
     assert opend.violations == []
 
 
+def test_used_up_windows_do_not_keep_an_order_unknown(
+    opend: OpenD, exchange: Exchange, serve: Callable[..., Any]
+) -> None:
+    """Whoever asks for an order that nobody knows uses up what the listings need as well."""
+    (client,) = serve(instance(opend, windows={"history US": Window(3, LONG)}))
+    trader = connected(client())
+    asked = [trader.state("987654321") for _ in range(4)]
+    assert [answer.code for answer in asked][-1] == "RATE_LIMITED"
+    exchange.fault("place", FaultKind.ACCEPT_THEN_CUT)
+    exchange.on_change.remove(opend.push)  # it is cut before it tells
+    assert trader.place(ORDER, key="cut").code == "OUTCOME_UNKNOWN"
+    exchange.on_change.append(opend.push)
+    wait_for(lambda: trader.get("order/state", clientOrderId="cut").ok, "the order to be found")
+    assert len(exchange.orders) == 1
+    assert opend.violations == []
+
+
 def test_the_order_repeated_after_unlocking_is_counted(
     opend: OpenD, exchange: Exchange, serve: Callable[..., Any]
 ) -> None:
