@@ -89,11 +89,11 @@ def session_state(
             regular.append((begin, end))
         elif kind == "Post" and half and region == "US":
             begin, end = HALF_DAY_ENDS[region], POST_HOURS_ON_HALF_DAYS
-        if end <= begin and moment >= begin and kind == "Overnight":
+        if kind == "Overnight" and moment >= begin >= clock(12):  # until midnight, or beyond
             day = today + timedelta(days=1)  # the night belongs to the day it leads to
             inside = True
         else:
-            inside = moment < end and (kind == "Overnight" or begin <= moment)
+            inside = moment < end and (end <= begin or begin <= moment)
         if inside and day in calendar.open_days:
             return MarketStatus(region, kind, SESSIONS.get(kind, UnifiedStatus.UNKNOWN))
     if today in calendar.open_days and regular:

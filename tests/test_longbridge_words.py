@@ -446,6 +446,8 @@ US = [
     (time(16), time(20), "Post"),
     (time(20), time(4), "Overnight"),
 ]
+# Two parts of one night, as the SDK's own table has them (rust/crates/candlesticks/src/markets.rs).
+TWO_PARTS = [(time(0), time(4), "Overnight"), (time(20), time(23, 59), "Overnight")]
 HK = [(time(9, 30), time(12), "Intraday"), (time(13), time(16), "Intraday")]
 CN = [(time(9, 30), time(11, 30), "Intraday"), (time(13), time(14, 57), "Intraday")]
 # Friday 2026-11-27 is a half day in the US, Wednesday 2026-12-23 taken for one in Hong Kong.
@@ -469,6 +471,8 @@ CALENDAR = Calendar(
         ("US", "2026-11-23 15:59", "RTH"),
         ("US", "2026-11-23 16:00", "AFTER_HOURS"),
         ("US", "2026-11-23 20:00", "OVERNIGHT"),
+        ("US", "2026-11-23 23:59:30", "OVERNIGHT"),
+        ("US", "2026-11-24 00:00", "OVERNIGHT"),
         ("US", "2026-11-25 20:00", "CLOSED"),  # the night before Thanksgiving
         ("US", "2026-11-26 10:00", "CLOSED"),
         ("US", "2026-11-26 20:00", "OVERNIGHT"),
@@ -497,6 +501,9 @@ def test_states_by_session(region: str, moment: str, state: str) -> None:
     now = datetime.fromisoformat(moment).replace(tzinfo=ZoneInfo(ZONES[region]))
     periods = {"US": US, "HK": HK, "CN": CN}[region]
     assert session_state(region, now, periods, CALENDAR).unified_status.name == state
+    if region == "US":
+        for split in ([*US[:-1], *TWO_PARTS], [*reversed(TWO_PARTS), *US[:-1]]):
+            assert session_state(region, now, split, CALENDAR).unified_status.name == state
 
 
 @given(
