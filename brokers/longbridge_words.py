@@ -138,7 +138,9 @@ def to_order_body(
     }
     if order_type is OrderType.Limit:
         assert price is not None
-        body["submitted_price"] = f"{Decimal(repr(price)):f}"
+        body["submitted_price"] = (
+            f"{Decimal(repr(price)).normalize():f}"  # 200, as the SDK writes it
+        )
     if contract.region == "US":
         body["outside_rth"] = TO_LONGPORT[lifecycle]
     if mark:

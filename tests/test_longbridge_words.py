@@ -10,7 +10,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from httptrading.brokers import longbridge_words as words
@@ -116,6 +116,7 @@ def test_currencies_by_code() -> None:
 
 # --- orders -----------------------------------------------------------------------------------
 @given(st.floats(1e-4, 1e9, allow_nan=False).map(lambda number: float(f"{number:.15g}")))
+@example(200.0)
 def test_prices_go_out_as_typed(price: float) -> None:
     body = words.to_order_body(
         contract("US", "AAPL"),
@@ -129,6 +130,7 @@ def test_prices_go_out_as_typed(price: float) -> None:
     )
     assert "e" not in body["submitted_price"].lower()
     assert Decimal(body["submitted_price"]) == Decimal(repr(price))
+    assert not body["submitted_price"].endswith(".0")
     assert body == {
         "symbol": "AAPL.US",
         "order_type": "LO",
