@@ -18,10 +18,12 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from httptrading.brokers.sockets import acknowledge_at_once
 from httptrading.errors import BrokerUnavailable
 
 PROBE_SECONDS = 3.0
@@ -197,6 +199,8 @@ def open_context(
             return self._checked[trd_env, acc_id]
 
         def on_recv(self, conn_id: int, data: bytes) -> None:
+            with suppress(AttributeError, OSError):  # a version without it, or closed meanwhile
+                acknowledge_at_once(self._net_mgr._get_conn(conn_id).sock)
             super().on_recv(conn_id, data)
             if self._recv_buf and not b"FT".startswith(self._recv_buf[:2]):
                 self._net_mgr.close(conn_id)  # garbled: the SDK would wait for its end for ever

@@ -30,6 +30,7 @@ from httptrading.brokers.ib_answers import (
     refusal,
 )
 from httptrading.brokers.ib_book import BookedOrder, OrderBook, is_refusal
+from httptrading.brokers.sockets import acknowledge_at_once
 from httptrading.errors import BrokerUnavailable, HttpTradingError, Rejected, TimedOut
 from httptrading.model import Fill, Order
 
@@ -185,6 +186,7 @@ class TwsSession:
         handlers[EXECUTION] = self._timed(handlers[EXECUTION])
         for number in ORDER_MESSAGES:
             handlers[number] = self._counted(handlers[number])
+        ib.client.conn.hasData += self._on_data
         ib.client.apiError += self._on_api_error
         ib.disconnectedEvent += self._on_disconnected
         return ib
@@ -468,6 +470,12 @@ class TwsSession:
         return booked
 
     # --- what TWS says ------------------------------------------------------------------------
+    def _on_data(self, _data: bytes) -> None:
+        transport = self._transport()
+        if transport is not None:
+            with suppress(OSError):  # closed meanwhile
+                acknowledge_at_once(transport.get_extra_info("socket"))
+
     def _on_open_order(self, _api_id: int, contract: Any, order: Any, state: Any) -> None:
         if not order.whatIf:
             self._tell(self._list(self.book.open_order(contract, order, state)))

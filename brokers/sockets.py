@@ -13,10 +13,11 @@ class Options(Protocol):
 
 
 def acknowledge_at_once(connection: Options) -> None:
-    """To be set with each request, as the option does not last (tcp(7)).
+    """To be set with each request, or with what has come, as the option does not last (tcp(7)).
 
-    A server that writes head and body of an answer apart holds the body back until the head is
-    acknowledged (RFC 896), which Linux delays by 40 ms on a connection that was used before.
+    A server that writes head and body of an answer apart, or a push before an answer, holds the
+    second back until the first is acknowledged (RFC 896), which Linux delays by 40 ms on a
+    connection that was used before.
     """
     if hasattr(socket, "TCP_QUICKACK"):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -239,6 +240,16 @@ def test_codes_that_sound_fatal_and_are_not(trader: Trader, tws: Tws) -> None:
     assert (node["isCanceled"], node["isCompleted"], node["errorReason"]) == (False, False, "")
     tws.exchange.fill(order_id, 12, "12.30")
     trader.wait_order(order_id, isFilled=True)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="Linux delays acknowledgements")
+def test_the_rest_of_an_answer_is_not_held_up(tws: Tws, tmp_path: Path) -> None:
+    """By 40 ms, until its first message is acknowledged."""
+    tws.holds_back = True
+    with desk(tws, tmp_path) as subject:
+        connected(subject)
+        trader = subject.trader()
+        assert min(trader.cash().seconds for _ in range(20)) < 0.03
 
 
 @pytest.mark.parametrize("text", ["435 You must specify an account.", "110 The price does not"])

@@ -161,6 +161,7 @@ class OpenD:
     that are shown as cancelled.
     `ret_type`, `ret_msg`: the RetType and words answered to orders, which are taken, or to the
     operation in `failing`.
+    `holds_back`: what is sent waits until what was sent before is acknowledged (RFC 896).
     `locked`: REAL orders need UnlockTrade first. `enforce_limits`: too frequent requests are
     refused in OpenD's own words and listed in `violations`.
     """
@@ -184,6 +185,7 @@ class OpenD:
         self.enforce_limits = enforce_limits
         self.keep_alive = 10  # seconds between the client's KeepAlives
         self.deaf = False
+        self.holds_back = False
         self.logged_in = True
         self.states = {"US": 5, "HK": 3, "SH": 3, "SZ": 3}
         self.raw_status: dict[str, int] = {}
@@ -303,7 +305,7 @@ class OpenD:
                 sock, _address = listener.accept()
             except OSError:
                 return
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, not self.holds_back)
             connection = Connection(sock, next(self._conn_ids))
             with self._lock:
                 self._connections.add(connection)

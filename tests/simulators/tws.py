@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import socket
 import struct
 import threading
 import time
@@ -123,6 +124,8 @@ class Tws:
         # --- switches of the script ---
         self.unanswered: set[str] = set()  # requests of which it says nothing
         self.deaf = False  # takes everything in, answers nothing
+        # What is sent waits until what was sent before is acknowledged (RFC 896).
+        self.holds_back = False
         self.linked = True  # the connection between TWS and IB's servers
         self.live_data = True  # the account may see live quotes
         self.delayed_data = True  # … delayed ones
@@ -435,6 +438,8 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
+        sock = transport.get_extra_info("socket")
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, not self.tws.holds_back)
         self.tws._clients.add(self)
         self.tws.connections += 1
 
