@@ -6,7 +6,6 @@ unexpected exception goes nowhere, not even to the log: some SDKs put signed req
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import gc
 import logging
@@ -65,9 +64,9 @@ class LocalBroker:
             raise BrokerUnavailable(
                 f"Connecting to {broker.broker_display} took longer than {seconds:g} s"
             ) from None
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:  # longport raises plain BaseException for bad numbers
+        # longport raises plain BaseException for bad numbers; a CancelledError is the broker's own
+        # (libraries cancel what waits for a connection that has broken), nobody cancels a worker.
+        except BaseException as error:
             _log_unexpected(broker, "connect", error)
             raise BrokerUnavailable(
                 f"Connecting to {broker.broker_display} failed ({type(error).__name__}); "
@@ -91,8 +90,6 @@ class LocalBroker:
             if changes:
                 raise _unknown(broker) from None
             raise TimedOut(f"{broker.broker_display} did not answer in time") from None
-        except asyncio.CancelledError:
-            raise
         except BaseException as error:
             if isinstance(error, NotImplementedError) and _left_out(broker, operation, error):
                 raise Unsupported(f"{broker.broker_display} does not offer {operation}") from None
@@ -106,8 +103,6 @@ class LocalBroker:
     async def close(self) -> None:
         try:
             await run_operation(self._broker.close, CLOSES_WITHIN)
-        except asyncio.CancelledError:
-            raise
         except BaseException as error:
             _log_unexpected(self._broker, "close", error)
 

@@ -36,7 +36,6 @@ from httptrading.errors import (
     Busy,
     HttpTradingError,
     InternalError,
-    OutcomeUnknown,
     TimedOut,
 )
 from httptrading.model import Contract, Fill, OrderReport, Quote
@@ -618,13 +617,9 @@ class _Lane(threading.Thread):
                     call.operation,
                     extra={"request_id": call.asked_by},
                 )
-        except BaseException as raised:
+        except BaseException:
             log.exception("worker %s: %s failed", self._worker.name, call.operation)
-            error = (
-                OutcomeUnknown("Interrupted while the broker was answering")
-                if isinstance(raised, asyncio.CancelledError)
-                else InternalError("An unexpected error; the log has the details")
-            )
+            error = InternalError("An unexpected error; the log has the details")
         finally:
             self._worker.ended(call)
             self._wake_sent = None  # those who came meanwhile are looked at next

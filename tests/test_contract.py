@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import io
 import json
@@ -886,6 +887,7 @@ NASTY: list[BaseException] = [
     UnicodeDecodeError("utf-8", SECRET.encode(), 0, 1, SECRET),
     AssertionError(SECRET),
     ExceptionGroup(SECRET, [ValueError(SECRET)]),
+    asyncio.CancelledError(SECRET),
 ]
 
 

@@ -145,6 +145,13 @@ def test_orders_errors_and_pushes_cross_the_pipe(on: Pair) -> None:
     trader.wait_order(order_id, isCanceled=True, isCompleted=True)
 
 
+def test_what_a_library_cancels_does_not_end_the_child(on: Pair) -> None:
+    before = on.pid()
+    assert on.trader().quote("US", "CANCEL").code == "INTERNAL"
+    assert on.trader().place({**ORDER, "ticker": "CANCEL"}).code == "OUTCOME_UNKNOWN"
+    assert on.pid() == before
+
+
 def test_the_child_has_no_tokens() -> None:
     prototype = IsolatedBroker({"ledger": "x"}, IDS[0], [TOKENS[0]])
     ChildBroker(prototype, "trade", Path("."), None)

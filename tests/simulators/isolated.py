@@ -5,6 +5,7 @@ Needs the standard library and httptrading's plain modules only, as an SDK's own
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import json
 import os
@@ -124,6 +125,8 @@ def misbehave(ticker: str) -> None:
         case "CLOSE":
             os.close(pipe)
             time.sleep(600)
+        case "CANCEL":
+            raise asyncio.CancelledError
         case "SAY":
             print("said on stdout by print", flush=True)
             os.write(1, b"said on stdout by write\n")
