@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import io
 import logging
 import os
 import pickle
@@ -15,6 +16,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable
+from datetime import UTC, datetime, timezone
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +29,26 @@ from httptrading.model import Contract, Fill, OrderReport, Quote
 PICKLE_PROTOCOL = 4
 
 
+class _PlainPickler(pickle.Pickler):
+    """Text, numbers and times of an SDK's own kinds (numpy's and pandas' are such) leave as
+    Python's: the parent need not have its packages."""
+
+    def reducer_override(self, value: Any) -> Any:
+        # By the base's own method: a str with an Enum mixed in calls itself otherwise.
+        if isinstance(value, str):
+            return str, (str.__str__(value),)
+        if isinstance(value, float):
+            return float, (float.__float__(value),)
+        if isinstance(value, int):
+            return int, (int.__int__(value),)
+        if isinstance(value, datetime):
+            if value.tzinfo is None:
+                return datetime.fromisoformat, (datetime.isoformat(value),)
+            if type(value) is not datetime or not isinstance(value.tzinfo, timezone):
+                return datetime.fromtimestamp, (float(value.timestamp()), UTC)
+        return NotImplemented
+
+
 class _ParentLink:
     """The broker telling the parent; from any thread."""
 
@@ -35,9 +57,10 @@ class _ParentLink:
         self._lock = threading.Lock()
 
     def send(self, *message: Any) -> None:
-        data = pickle.dumps(message, PICKLE_PROTOCOL)
+        data = io.BytesIO()
+        _PlainPickler(data, PICKLE_PROTOCOL).dump(message)
         with self._lock:
-            self._pipe.send_bytes(data)
+            self._pipe.send_bytes(data.getvalue())
 
     def report(self, reports: Iterable[OrderReport]) -> None:
         self.send("report", tuple(reports))

@@ -145,6 +145,14 @@ def test_orders_errors_and_pushes_cross_the_pipe(on: Pair) -> None:
     trader.wait_order(order_id, isCanceled=True, isCompleted=True)
 
 
+def test_what_only_an_sdk_knows_leaves_the_child_as_pythons(on: Pair) -> None:
+    before = on.pid()
+    quote = on.trader().quote("US", "SDK")["quote"]
+    assert (quote["currency"], quote["latest"], quote["preClose"]) == ("USD", 12.25, 12)
+    assert quote["timestamp"] == 1767294245600  # 03:04:05.6 in Hong Kong
+    assert on.pid() == before
+
+
 def test_what_a_library_cancels_does_not_end_the_child(on: Pair) -> None:
     before = on.pid()
     assert on.trader().quote("US", "CANCEL").code == "INTERNAL"

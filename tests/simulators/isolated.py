@@ -15,8 +15,10 @@ import struct
 import sys
 import threading
 import time
+import types
 from datetime import UTC, datetime
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 from httptrading.brokers.base import BaseBroker
 from httptrading.brokers.registry import broker_register
@@ -52,6 +54,8 @@ class IsolatedBroker(BaseBroker):
     def quote(self, contract: Contract) -> Quote:  # type: ignore[override]
         while contract.ticker == "HELD" and not Path(f"{self.ledger}.free").exists():
             time.sleep(0.02)
+        if contract.ticker == "SDK":
+            return of_an_sdk(contract)
         misbehave(contract.ticker)
         value = {"PID": os.getpid(), "PARENT": os.getppid(), "MINOR": sys.version_info.minor}
         price = value.get(contract.ticker, 1)
@@ -91,6 +95,16 @@ class IsolatedBroker(BaseBroker):
         if not self.ledger.exists():
             return []
         return [json.loads(line) for line in self.ledger.read_text().splitlines()]
+
+
+def of_an_sdk(contract: Contract) -> Quote:
+    """In kinds that only this process knows, as numpy.float64 and pandas.Timestamp may be."""
+    sdk = types.ModuleType("an_sdk")
+    sys.modules["an_sdk"] = sdk
+    for base in (float, int, str, datetime):
+        setattr(sdk, base.__name__, type(base.__name__, (base,), {"__module__": "an_sdk"}))
+    moment = sdk.datetime(2026, 1, 2, 3, 4, 5, 600_000, ZoneInfo("Asia/Hong_Kong"))
+    return Quote(contract, sdk.str("USD"), True, sdk.float(12.25), sdk.int(12), 1, 1, 1, moment)
 
 
 def misbehave(ticker: str) -> None:
