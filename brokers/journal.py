@@ -302,7 +302,7 @@ class Journal:
         ping = not is_sqlite
         self._reader = sa.create_engine(url, pool_size=8, max_overflow=40, pool_pre_ping=ping)
         self._writer = sa.create_engine(url, pool_size=1, pool_pre_ping=ping)
-        self._commits = GroupCommit(self._writer, _unwritable)
+        self._commits = GroupCommit(self._writer, self._unwritable)
         self._seen = _Seen(0)
         self._asking = threading.Lock()
         self._asked: sa.PoolProxiedConnection | None = None
@@ -721,6 +721,23 @@ class Journal:
             return failed
         return self._commits.post(body, short=short, soon=soon)
 
+    def _unwritable(self, error: SQLAlchemyError) -> Busy:
+        """With `retry_after` when the database as a whole does not take anything now."""
+        log.error("the journal cannot be written (%s)", _cause(error))
+        if isinstance(error, DataError | IntegrityError | ProgrammingError):
+            return Busy("The order journal does not take this; nothing was sent.")
+        if _is_read_only(error):
+            # SQLite opens what it may not write read-only, its shared memory for all connections of
+            # a process: once it may write again, it does so after the last of them is closed.
+            with self._asking:
+                self._let_go()
+            self._reader.dispose()
+            self._writer.dispose()
+        why = "its file is damaged" if type(error) is DatabaseError else "is the disk full?"
+        return Busy(
+            f"The order journal cannot be written ({why}); nothing was sent.", retry_after=5
+        )
+
     @contextmanager
     def _connected(self) -> Iterator[sa.Connection]:
         self._open()
@@ -824,13 +841,9 @@ class Journal:
         return values["gateway_id"]
 
 
-def _unwritable(error: SQLAlchemyError) -> Busy:
-    """With `retry_after` when the database as a whole does not take anything now."""
-    log.error("the journal cannot be written (%s)", _cause(error))
-    if isinstance(error, DataError | IntegrityError | ProgrammingError):
-        return Busy("The order journal does not take this; nothing was sent.")
-    why = "its file is damaged" if type(error) is DatabaseError else "is the disk full?"
-    return Busy(f"The order journal cannot be written ({why}); nothing was sent.", retry_after=5)
+def _is_read_only(error: SQLAlchemyError) -> bool:
+    code = getattr(getattr(error, "orig", None), "sqlite_errorcode", 0)
+    return bool(code & 0xFF == sqlite3.SQLITE_READONLY)  # the rest of the code tells why
 
 
 def _about_of(connection: sa.Connection) -> Mapping[str, str]:

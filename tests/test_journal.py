@@ -805,6 +805,15 @@ def test_a_journal_that_cannot_be_made_is_tried_again(tmp_path: Path) -> None:
         begin(journal)
 
 
+def test_a_journal_that_was_read_only_is_written_again(journal: Journal) -> None:
+    """As SQLite opens a file on a file system that is mounted read-only, or of another user."""
+    begin(journal, "before")
+    journal._commits._driver().execute("PRAGMA query_only=ON")  # of this connection alone
+    with pytest.raises(Busy, match="cannot be written"):
+        begin(journal, "meanwhile")
+    assert row_of(journal, begin(journal, "after")).state == "sending"
+
+
 def test_a_damaged_file_is_told(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path.write_bytes(b"no database" * 1000)
     with closing(Journal(f"sqlite:///{path}")) as journal:
