@@ -52,8 +52,7 @@ class InstanceLock:
     def take(self) -> bool:
         """True when this process owns the instance now."""
         if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            file = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            file = self._open()
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -64,6 +63,17 @@ class InstanceLock:
                 os.truncate(file, 0)
                 os.write(file, f"{os.getpid()}\n".encode())
         return True
+
+    def _open(self) -> int:
+        """To write the owner down; else as it is: on a disk that is read-only now, the account can
+        be looked at, and its orders cancelled."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            return os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError:
+            with suppress(OSError):
+                return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            raise
 
     def is_taken(self) -> bool:
         """Whether another process holds it; leaves no trace in the data directory."""

@@ -6,7 +6,9 @@ takes nothing more.
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 import random
 import sqlite3
 import subprocess
@@ -1191,3 +1193,24 @@ def test_a_data_directory_that_cannot_be_used_is_told_and_tried_again(tmp_path: 
         assert threading.active_count() <= before
         folder.unlink()
         assert until(lambda: trader.place(LIMIT_ORDER, key="k"), "").ok
+
+
+def test_on_a_read_only_disk_the_account_can_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its orders cancelled; still by one process only."""
+    with stage(tmp_path) as on:
+        order_id = on.trader().placed(LIMIT_ORDER)
+    usual = os.open
+
+    def read_only(path: Any, flags: int, *mode: int, **others: Any) -> int:
+        if str(path).endswith(".lock") and flags & os.O_ACCMODE != os.O_RDONLY:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return usual(path, flags, *mode, **others)
+
+    monkeypatch.setattr(os, "open", read_only)
+    with stage(tmp_path) as on:
+        assert until(on.trader().cash, "").ok
+        assert on.trader().cancel(order_id).ok
+        with stage(tmp_path) as second:
+            assert "Another process" in second.trader().cash()["ex"]
