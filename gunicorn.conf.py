@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from httptrading.app import hooks
+from httptrading.app.bulkhead import SPARE
 from httptrading.app.config import ConfigurationError, address, load_settings
 from httptrading.app.logs import log_to_stderr, secrets_of
 from httptrading.brokers.gateway import Gateway
@@ -28,7 +29,7 @@ proc_name = "httptrading"
 # `on_starting` refuses another number of workers or another class, wherever it was set.
 workers = 1
 worker_class = hooks.WORKER_CLASS  # gthread, hardened against clients that stall
-threads = settings.threads
+threads = settings.threads + SPARE  # those beyond are for orders and cancellations alone
 
 # The application is loaded in the worker process. preload_app = True works as well: no thread
 # starts and no SDK is imported before the fork.

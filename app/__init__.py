@@ -15,6 +15,7 @@ from werkzeug.exceptions import NotFound
 
 from httptrading.app.answers import not_found
 from httptrading.app.blueprint import Service, make_blueprint
+from httptrading.app.bulkhead import SPARE
 from httptrading.app.config import (
     Settings,
     check_instances,
@@ -46,7 +47,7 @@ def create_app(
     else:
         if not isinstance(config, Settings):
             config = load_settings(None if config is None else Path(config), os.environ)
-        blueprint = _blueprint(config, "/httptrading", config.threads)
+        blueprint = _blueprint(config, "/httptrading", config.threads + SPARE)
     app = Flask("httptrading", static_folder=None)
     app.register_blueprint(blueprint)
     # A path that is nobody's looks like an instance that is nobody's.
@@ -68,7 +69,7 @@ def create_blueprint(
     """The routes for these accounts, to be registered in any Flask app.
 
     `threads`: how many requests the server runs at a time, if it does nothing else; then some are
-    kept free for each account, however many wait for a broker that hangs.
+    kept free for each account, and for orders, however many wait for a broker that hangs.
     Nothing starts before the first request (so it may be made before a fork); the gateway stands
     in `app.extensions["httptrading"]`, with `start()`, `drain()` and `close()`.
     """

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -105,7 +105,7 @@ class Service:
         asked_by.set(request_id)
         outcome = "OK"
         try:
-            with self._bulkhead.place(admitted) if self._bulkhead else nullcontext():
+            with self._place(admitted, changes=route.method == "POST"):
                 response = self._answer(path, route, admitted, request, request_id)
         except HttpTradingError as error:
             outcome = error.code
@@ -130,6 +130,11 @@ class Service:
             milliseconds=round(seconds * 1000, 2),
         )
         return response
+
+    def _place(self, instance_id: str, *, changes: bool) -> AbstractContextManager[None]:
+        if self._bulkhead is None:
+            return nullcontext()
+        return self._bulkhead.place(instance_id, changes=changes)
 
     def _answer(
         self, path: str, route: Route, instance_id: str, request: Request, request_id: str

@@ -8,6 +8,7 @@ from typing import Any
 from flask import Blueprint, Flask
 
 from httptrading.app import create_app, hooks
+from httptrading.app.bulkhead import SPARE
 from httptrading.app.config import address
 from httptrading.brokers.base import BaseBroker
 from httptrading.brokers.settings import InstanceSettings
@@ -37,7 +38,7 @@ def run(
         token_header=token_header,
         compat=compat,
         data_dir=data_dir,
-        threads=threads,
+        threads=threads + SPARE,
         **options,
     )
     for blueprint in blueprints:
@@ -55,7 +56,7 @@ def run(
                 "proc_name": "httptrading",
                 "workers": 1,
                 "worker_class": hooks.WORKER_CLASS,
-                "threads": threads,
+                "threads": threads + SPARE,
                 "timeout": 60,
                 "graceful_timeout": hooks.STOP_WITHIN,
                 "keepalive": 75,

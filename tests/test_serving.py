@@ -28,8 +28,9 @@ import psutil
 import pytest
 
 from acceptance.kit import wait_for
-from httptrading.app import hooks
+from httptrading.app import bulkhead, hooks
 from httptrading.brokers.gateway import DRAIN_SECONDS
+from httptrading.errors import Busy
 from simulators.exchange import keep_port
 
 ROOT = Path(__file__).parent.parent
@@ -361,6 +362,81 @@ def test_a_crowd_at_a_hanging_broker_leaves_threads_for_the_others(tmp_path: Pat
             one.join(60)
         assert answers == [503] * 6 + [200] * 6
         until_served(service)
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside another"])
+def test_a_crowd_at_hanging_quotes_holds_no_order_up(tmp_path: Path, alone: bool) -> None:
+    text = CROWDED.replace("IsolatedBroker", "IsolatedQuotes")
+    if alone:
+        text = "".join(line for line in text.splitlines(True) if "Paper({" not in line)
+    port = free_port()
+    with started(tmp_path, port, script(tmp_path, text), str(port), "thread") as service:
+        until_served(service)
+        query = "tradeType=Securities&region=US&ticker=HELD"
+        answers: list[int] = []
+
+        def wait() -> None:
+            answers.append(service.ask("GET", f"{API}/market/quote?{query}")[0])
+
+        crowd = [threading.Thread(target=wait) for _ in range(12)]
+        for one in crowd:
+            one.start()
+        waiting = 8 if alone else 6
+        wait_for(lambda: len(answers) >= 12 - waiting, "the refusals")
+        status, placed = service.json("POST", f"{API}/order/place", ORDER)
+        assert status == 200
+        named = {"orderId": placed["orderId"]}
+        assert service.ask("POST", f"{API}/order/cancel", named)[0] == 200
+        assert answers == [503] * (12 - waiting)  # and the others wait still
+        (tmp_path / "ledger.free").touch()
+        for one in crowd:
+            one.join(60)
+        assert answers == [503] * (12 - waiting) + [200] * waiting
+
+
+def test_a_crowd_at_the_only_account_queues(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing hangs, and there is no neighbour: nobody is refused."""
+    monkeypatch.setattr(bulkhead, "BRIEF", 60.0)
+    monkeypatch.setattr(bulkhead, "LIVELY", 60.0)
+    places = bulkhead.Bulkhead(12, [ID])
+    served = threading.Event()
+
+    def come() -> None:
+        with places.place(ID, changes=False):
+            served.set()
+
+    with places.place(ID, changes=False):
+        pass  # a brief answer
+    with contextlib.ExitStack() as crowd:
+        first = crowd.enter_context(contextlib.ExitStack())
+        first.enter_context(places.place(ID, changes=False))
+        for _ in range(7):
+            crowd.enter_context(places.place(ID, changes=False))
+        late = threading.Thread(target=come)
+        late.start()
+        for _ in range(4):
+            crowd.enter_context(places.place(ID, changes=True))
+        assert not served.is_set()
+        first.close()
+        assert served.wait(60)
+        late.join()
+
+
+def test_a_crowd_at_one_account_of_several_is_refused_at_once() -> None:
+    places = bulkhead.Bulkhead(12, [ID, OTHER_ID])
+    with contextlib.ExitStack() as crowd:
+        for _ in range(6):
+            crowd.enter_context(places.place(ID, changes=False))
+        for name, changes in ((ID, True), (ID, True), (ID, True), (ID, True), (OTHER_ID, False)):
+            with pytest.raises(Busy), places.place(ID, changes=False):
+                pass
+            crowd.enter_context(places.place(name, changes=changes))
+        with pytest.raises(Busy), places.place(ID, changes=True):
+            pass
+    for _ in range(2):  # each place has come back to where it was taken from
+        with contextlib.ExitStack() as crowd:
+            for _ in range(6):
+                crowd.enter_context(places.place(ID, changes=True))
 
 
 # --- stopping -----------------------------------------------------------------------------------

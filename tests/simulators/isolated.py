@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
-from httptrading.brokers.base import BaseBroker
+from httptrading.brokers.base import OPERATIONS, BaseBroker
 from httptrading.brokers.registry import broker_register
 from httptrading.errors import BrokerUnavailable, OrderNotFound, Rejected
 from httptrading.model import Cash, Contract, Order, OrderReport, Quote
@@ -105,6 +105,16 @@ def of_an_sdk(contract: Contract) -> Quote:
         setattr(sdk, base.__name__, type(base.__name__, (base,), {"__module__": "an_sdk"}))
     moment = sdk.datetime(2026, 1, 2, 3, 4, 5, 600_000, ZoneInfo("Asia/Hong_Kong"))
     return Quote(contract, sdk.str("USD"), True, sdk.float(12.25), sdk.int(12), 1, 1, 1, moment)
+
+
+@broker_register("isolatedQuotes", "双连接证券")
+class IsolatedQuotes(IsolatedBroker):
+    """Its quotes have a connection of their own."""
+
+    connections = {
+        "trade": tuple(one for one in OPERATIONS if one != "quote"),
+        "quote": ("quote",),
+    }
 
 
 def misbehave(ticker: str) -> None:
