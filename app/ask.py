@@ -19,6 +19,7 @@ from httptrading.errors import InvalidRequest
 from httptrading.schemas.numbers import load_json
 
 LARGEST_BODY = 64 * 1024
+CUT_BODY = "The body could not be read to its end."
 SHORTEST_DEADLINE, LONGEST_DEADLINE = 1.0, 30.0
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
@@ -127,9 +128,12 @@ class Ask:
         except RequestEntityTooLarge:
             text = None
         except Exception:  # ClientDisconnected, or what the server makes of bad chunks
-            raise InvalidRequest("The body could not be read to its end.") from None
+            raise InvalidRequest(CUT_BODY) from None
         if text is None or len(text) > LARGEST_BODY:
             raise BodyTooLarge(f"The body is larger than {LARGEST_BODY} bytes.")
+        # gunicorn ends a body that is cut like a whole one.
+        if len(text) < (self.request.content_length or 0):
+            raise InvalidRequest(CUT_BODY)
         try:
             self.raw_body = load_json(text.decode("utf-8"))
         except UnicodeDecodeError:

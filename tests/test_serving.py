@@ -263,6 +263,22 @@ def raw(port: int, text: bytes) -> bytes:
         return connection.makefile("rb").read()
 
 
+def test_an_order_whose_body_was_cut_is_not_placed(service: Service) -> None:
+    """All of the JSON has come, but not all that was announced: the client gave up in between."""
+    head = f"POST {API}/order/place HTTP/1.1\r\nHost: x\r\nHT-TOKEN: {TOKEN}\r\n"
+    head += "Content-Type: application/json\r\n"
+    for number, announced in enumerate(("Content-Length: {more}", "Transfer-Encoding: chunked")):
+        name = f"cut-{number}"
+        body = json.dumps(ORDER | {"clientOrderId": name})
+        chunk = "" if number == 0 else f"{len(body):x}\r\n"
+        text = f"{head}{announced.format(more=len(body) + 2)}\r\n\r\n{chunk}{body}"
+        answer = raw(service.port, text.encode())
+        assert answer.startswith(b"HTTP/1.1 400 "), answer
+        assert b"could not be read to its end" in answer
+        query = f"{API}/order/state?clientOrderId={name}"
+        assert service.ask("GET", query)[0] == 404
+
+
 def test_nonsense_on_the_wire_stops_nothing(service: Service) -> None:
     head = f"POST {API}/order/place HTTP/1.1\r\nHost: x\r\nHT-TOKEN: {TOKEN}\r\n".encode()
     json_head = head + b"Content-Type: application/json\r\n"
