@@ -117,12 +117,14 @@ class Tiger(BaseBroker):
 
     # docs.itigerup.com/docs/ratelimit, taken for all methods of a class together, which is the
     # stricter reading. A second more than its 60, because a slot got with `take` is stamped
-    # before its call. Grabs share Tiger's 10 a minute with market states, and must not use them up.
+    # before its call. Grabs share Tiger's 10 a minute with market states, and neither may use them
+    # up: a permission that was taken away is taken back also in the minute of the first grab.
     windows = {
         "high": Window(120, 61.0, kept=10),
         "medium": Window(60, 61.0),
-        "low": Window(9, 61.0),
-        "grab": Window(1, 61.0),
+        "low": Window(10, 61.0),
+        "market": Window(9, 61.0),
+        "grab": Window(4, 61.0),
     }
     costs = {
         "place_order": ("high",),
@@ -134,7 +136,7 @@ class Tiger(BaseBroker):
         "cash": ("medium",),
         "positions": ("medium",),
         "fills": ("medium",),
-        "market_status": ("low",),
+        "market_status": ("low", "market"),
     }
     ages = {"market_status": 7.0, "ping": 4.0, "cash": 4.0, "positions": 4.0}
     quote_regions: ClassVar[frozenset[str] | None] = frozenset({"US", "HK"})
@@ -544,6 +546,7 @@ class Tiger(BaseBroker):
 
     def _grab_and_ask(self, contract: Contract) -> Mapping[str, Any] | None:
         self.take("grab")
+        self.take("low")
         self._read(self._quotes.grab_quote_permission)
         self.take("high")
         try:

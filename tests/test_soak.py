@@ -46,8 +46,7 @@ WINDOWS: dict[str, list[tuple[int, float, set[str]]]] = {
     "tiger": [
         (120, 60, {"place", "cancel", "order", "orders", "quote"}),
         (60, 60, {"cash", "positions"}),
-        (10, 60, {"market"}),
-        (10, 60, {"grab"}),
+        (10, 60, {"market", "grab"}),
     ],
 }
 

@@ -892,7 +892,6 @@ def test_the_quote_permission(quotes: Any, gateway: TigerGateway, exchange: Exch
     with pytest.raises(Rejected, match="Another device"):
         quotes.quote(contract())
     assert operations()[4:] == ["quote"]
-    a_minute_later(quotes)
     assert quotes.quote(contract()).latest == Decimal("227.18")
     assert operations()[5:] == ["quote", "grab", "quote"]
 
@@ -945,10 +944,11 @@ def test_grabbing_keeps_its_limit(quotes: Any, gateway: TigerGateway, exchange: 
             outcomes.append("told")
         except RateLimited:
             outcomes.append("limited")
-    assert outcomes == ["quote", "told", *["limited"] * 28]
-    assert len(exchange.received("grab")) == 1
-    for _ in range(9):  # and leaves market states theirs
+    assert outcomes == [*["quote", "told"] * 4, *["limited"] * 22]
+    assert len(exchange.received("grab")) == 4
+    for _ in range(6):  # and leaves market states theirs
         assert quotes.market_status()
+        quotes.take("market")
         quotes.take("low")
 
 
@@ -1741,8 +1741,10 @@ def test_tiger_is_away_when_the_service_starts(tmp_path: Path) -> None:
 
 def test_the_limits_are_tigers() -> None:
     limits = {"high": Window(120, 61.0, kept=10), "medium": Window(60, 61.0)}
-    # Of Tiger's 10 market states and grabs.
-    assert Tiger.windows == limits | {"low": Window(9, 61.0), "grab": Window(1, 61.0)}
+    # Tiger's 10 are for market states and grabs together.
+    limits |= {"low": Window(10, 61.0), "market": Window(9, 61.0), "grab": Window(4, 61.0)}
+    assert Tiger.windows == limits
+    assert Tiger.costs["market_status"] == ("low", "market")
 
 
 def test_never_more_calls_than_tiger_allows(
