@@ -160,6 +160,7 @@ class Tiger(BaseBroker):
         self._trade: Any = None
         self._quotes: Any = None
         self._push: tuple[tiger_push.Address, tiger_push.Subscription] | None = None
+        self._holdings: dict[tuple[str, ...], tuple[float, ...]] = {}  # as pushed last
         # Regions whose last quote was allowed: a denial means that it was taken away.
         self._may_quote: set[str] = set()
         self._hidden: set[str] = set()  # positions that cannot be shown, once told in the log
@@ -245,7 +246,7 @@ class Tiger(BaseBroker):
         subscription = tiger_push.Subscription(
             account=self._account,
             on_order=self._order_pushed,
-            on_assets=self.stale,
+            on_holding=self._holding_pushed,
             on_back=self.restored,
         )
         self._push = address, subscription
@@ -256,6 +257,15 @@ class Tiger(BaseBroker):
         whenever push is down."""
         if data.id > 0 and data.secType in ("", "STK"):
             self.report(mapping.parse_push(data))
+
+    def _holding_pushed(self, data: Any) -> None:
+        """Tiger pushes assets and positions also when nothing but their value at the market's price
+        has changed, which no answer tells: with each of those asked anew, clients that poll would
+        have used the windows up within seconds."""
+        holding, amount = mapping.pushed_holding(data)
+        if self._holdings.get(holding) != amount:
+            self._holdings[holding] = amount
+            self.stale()
 
     def close(self) -> None:
         self._hush()

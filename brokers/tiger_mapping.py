@@ -260,6 +260,15 @@ def parse_push(data: Any) -> OrderReport:
     )
 
 
+def pushed_holding(data: Any) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """What an AssetData or a PositionData message (push/pb) is about, and how much of it is held;
+    not what that is worth."""
+    if data.DESCRIPTOR.name == "AssetData":
+        return (data.segType, data.currency), (data.cashBalance,)
+    which = data.secType, data.market, data.symbol, data.identifier
+    return which, (data.position, data.positionScale, data.positionQty)
+
+
 def parse_fill(transaction: Any) -> Fill:
     told = moment(getattr(transaction, "transaction_time", None))
     told = told or moment(getattr(transaction, "transacted_at", None)) or NO_TIME

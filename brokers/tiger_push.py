@@ -56,7 +56,7 @@ class Subscription:
 
     account: str = field(repr=False)
     on_order: Callable[[Any], None]  # takes an OrderStatusData message
-    on_assets: Callable[[], None]  # money or holdings changed
+    on_holding: Callable[[Any], None]  # takes an AssetData or a PositionData message
     on_back: Callable[[], None]  # news may have been missed
 
 
@@ -276,6 +276,6 @@ class _Session:
                 is_asset = body.dataType == kinds.Asset
                 data = body.assetData if is_asset else body.positionData
                 for one in self._push.subscriptions(data.account):
-                    one.on_assets()
+                    one.on_holding(data)
         except Exception as error:
             log.error("a push from Tiger could not be used: %s", type(error).__name__)

@@ -1520,6 +1520,29 @@ def test_orders_for_what_is_no_stock_are_left_alone(
         assert [report.order.order_id for report in broker.link.reports] == [order_id]
 
 
+def test_a_price_that_moves_is_no_news_of_an_account(
+    args: dict[str, Any], gateway: TigerGateway, exchange: Exchange
+) -> None:
+    """Tiger pushes what an account is worth as often as prices move."""
+    with connected(args, "trade") as broker:
+        exchange.wait_for(lambda: subscribed(exchange) == 3)
+        link = broker.link
+        exchange.cash["USD"] = Decimal(1000)
+        for worth in range(20):
+            gateway.push_asset(PRIME, worth=worth)
+            gateway.push_position(PRIME, "AAPL", "12", price=200 + worth)
+        place(broker)
+        link.wait_for(lambda: link.reports)
+        assert link.stales == 2  # the first of each
+        exchange.cash["USD"] -= 1
+        gateway.push_asset(PRIME)
+        link.wait_for(lambda: link.stales == 3)
+        gateway.push_position(PRIME, "AAPL", "12.5", price=200)
+        link.wait_for(lambda: link.stales == 4)
+        gateway.push_position(PRIME, "MSFT", "12.5", price=200)
+        link.wait_for(lambda: link.stales == 5)
+
+
 def test_two_accounts_share_one_push_connection(
     args: dict[str, Any], gateway: TigerGateway, exchange: Exchange
 ) -> None:

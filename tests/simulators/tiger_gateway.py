@@ -97,6 +97,7 @@ CURRENCIES = ("USD", "HKD", "CNH", "SGD")  # docs.itigerup.com/docs/accounts, pr
 CURRENCY = {"US": "USD", "HK": "HKD", "CN": "CNH"}
 ORDER_DATA = SocketCommon.DataType.OrderStatus
 ASSET_DATA = SocketCommon.DataType.Asset
+POSITION_DATA = SocketCommon.DataType.Position
 TOO_MANY = "too_many_requests:error.requestRateExceedLimit"
 DENIED = "4000:permission denied(Current device does not have permission)"
 NO_MARKET = (
@@ -379,15 +380,29 @@ class TigerGateway:
         """Another device grabs the quote permission."""
         self.primary_device = "somebody else's phone"
 
-    def push_asset(self, account: str) -> None:
-        """Tells subscribers that the account's money changed."""
+    def push_asset(self, account: str, *, worth: float = 0) -> None:
+        """Tells subscribers that the account's money, or what it is worth in all, changed."""
         frame = PushResponse(command=SocketCommon.Command.MESSAGE)
         frame.body.dataType = ASSET_DATA
         data = frame.body.assetData
         data.account, data.currency, data.segType = account, "USD", "S"
         data.cashBalance = float(self.exchange.cash.get("USD", 0))
+        data.netLiquidation = worth
         data.timestamp = int(time.time() * 1000)
         self._in_loop(lambda: self._broadcast(ASSET_DATA, account, frame))
+
+    def push_position(self, account: str, symbol: str, qty: str, *, price: float) -> None:
+        """Tells subscribers how much the account holds, at this price."""
+        frame = PushResponse(command=SocketCommon.Command.MESSAGE)
+        frame.body.dataType = POSITION_DATA
+        data = frame.body.positionData
+        data.account, data.symbol, data.identifier = account, symbol, symbol
+        data.market, data.currency, data.segType, data.secType = "US", "USD", "S", "STK"
+        data.position, data.positionScale = scaled(Decimal(qty))
+        data.positionQty, data.latestPrice = float(qty), price
+        data.marketValue = float(qty) * price
+        data.timestamp = int(time.time() * 1000)
+        self._in_loop(lambda: self._broadcast(POSITION_DATA, account, frame))
 
     # --- HTTP -----------------------------------------------------------------------------
     async def _http(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
