@@ -923,6 +923,13 @@ class Instance:
         if worker is self._worker_of.get("recent_orders"):
             self.settlement.connected()
 
+    def on_restored(self) -> None:
+        """News may have been missed, whichever connection they come over: Tiger's push is not that
+        of `recent_orders`."""
+        self._reads.stale()
+        if self.lists_orders:
+            self.settlement.connected()
+
 
 def _read_key(operation: str, arguments: Mapping[str, Any]) -> Hashable:
     return (operation, *sorted(arguments.items()))

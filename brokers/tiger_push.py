@@ -15,6 +15,7 @@ import random
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,10 @@ log = logging.getLogger("httptrading.tiger")
 
 BACK_OFF = (0.3, 0.6, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Pauses between attempts, in seconds."""
+
+STEADY = 10.0
+"""Seconds after which a connection has held. Attempts that are taken and cut again go on with
+growing pauses: after each of them the orders are listed."""
 
 HEARTBEAT_MS = 10_000  # the SDK's own figure; a connection is dead after 1.5 of them in silence
 SOCKET_TIMEOUT = 30.0
@@ -141,7 +146,7 @@ class SharedPush:
     def _live(self) -> None:
         failures = 0
         while not self._stopping.is_set():
-            welcomes = self._welcomes
+            began, welcomes = time.monotonic(), self._welcomes
             kicked = False
             try:
                 kicked = self._connect_and_wait()
@@ -155,7 +160,8 @@ class SharedPush:
                     "left to it, order news come by asking until this service reconnects"
                 )
                 return
-            failures = 0 if self._welcomes > welcomes else failures + 1
+            held = self._welcomes > welcomes and time.monotonic() > began + STEADY
+            failures = 0 if held else failures + 1
             if failures == 1:
                 log.warning("push connection to Tiger is down; order news come by asking")
             pause = BACK_OFF[min(failures, len(BACK_OFF) - 1)] * random.uniform(0.7, 1.0)

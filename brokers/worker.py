@@ -88,6 +88,8 @@ class Listener(Protocol):
 
     def on_connected(self, worker: Worker) -> None: ...
 
+    def on_restored(self) -> None: ...
+
     def quote_of(self, instance_id: str, contract: Contract) -> Quote: ...
 
 
@@ -670,8 +672,7 @@ class _LaneLink:
 
     def restored(self) -> None:
         if not self._lane._given_up:
-            self._worker._listener.on_stale()
-            self._worker._listener.on_connected(self._worker)
+            self._worker._listener.on_restored()
 
     def take(self, window: str) -> None:
         """The slot is given back with those of the running call, which ends later than the call

@@ -1576,6 +1576,34 @@ def test_subscriptions_are_renewed_after_a_cut(
         broker.link.wait_for(lambda: broker.link.reports)
 
 
+def test_what_push_has_missed_is_looked_up(
+    gateway: TigerGateway, exchange: Exchange, tmp_path: Path
+) -> None:
+    """Without anybody asking: the order may be forgotten by Tiger before somebody does."""
+    with service(gateway, tmp_path, PRIME) as (trader,):
+        exchange.wait_for(lambda: subscribed(exchange) == 3)
+        trader.placed(LIMIT_ORDER)
+        lists = len(exchange.received("orders"))
+        gateway.cut_push()
+        exchange.wait_for(lambda: len(exchange.received("orders")) > lists)
+
+
+def test_a_push_connection_that_does_not_hold_is_tried_more_seldom(
+    args: dict[str, Any], exchange: Exchange, gateway: TigerGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiger_push, "BACK_OFF", (0.0, 0.0, 0.0, 1000.0))
+    monkeypatch.setattr(tiger_push, "STEADY", 1000.0)
+    with connected(args, "trade") as broker:
+        for cuts in range(3):
+            broker.link.wait_for(lambda cuts=cuts: broker.link.restorations == cuts)
+            exchange.wait_for(lambda: len(gateway.push_sessions) == 1)
+            gateway.cut_push()
+            exchange.wait_for(lambda: not gateway.push_sessions)
+        for _ in range(10):  # which is time enough for the next attempt, if there were one
+            place(broker)
+        assert len(exchange.received("connect")) == 3
+
+
 def test_a_kick_out_is_told_and_not_fought(
     args: dict[str, Any],
     gateway: TigerGateway,
