@@ -38,11 +38,12 @@ from httptrading.brokers.ib_book import (
     to_symbol,
     to_ticker,
 )
-from httptrading.brokers.ib_session import DOUBT_GRACE, Ears, TwsSession
+from httptrading.brokers.ib_session import DOUBT_GRACE, UNANSWERED, Ears, TwsSession
 from httptrading.brokers.registry import broker_register
 from httptrading.brokers.trading_hours import Hours, hours, market_status
 from httptrading.errors import (
     BrokerUnavailable,
+    Busy,
     HttpTradingError,
     OrderNotFound,
     OutcomeUnknown,
@@ -491,11 +492,14 @@ class InteractiveBrokers(BaseBroker):
 
 @contextmanager
 def _nothing_sent() -> Iterator[None]:
-    """What comes before sending may take too long: that is no unknown outcome."""
+    """What comes before sending may take too long: that is no unknown outcome, and whether TWS is
+    still there is the session's to find out (`TwsSession.doubt`)."""
     try:
         yield
-    except (asyncio.CancelledError, TimedOut):
-        raise BrokerUnavailable("TWS did not answer in time; nothing was sent") from None
+    except asyncio.CancelledError:
+        raise Busy(f"{UNANSWERED}; nothing was sent", retry_after=1) from None
+    except TimedOut as late:
+        raise Busy(f"{late.text}; nothing was sent", retry_after=1) from None
 
 
 def _taken(tws: TwsSession, api_id: int) -> BookedOrder | None:

@@ -21,7 +21,7 @@ from acceptance.cases import BrokerAcceptance, FaultAcceptance, PushAcceptance
 from acceptance.kit import Answer, Subject, Trader, in_time, wait_for
 from httptrading.brokers import ib_session, interactive_brokers
 from httptrading.brokers.interactive_brokers import InteractiveBrokers
-from httptrading.errors import BrokerUnavailable
+from httptrading.errors import Busy
 from httptrading.model import Contract, Lifecycle, OrderType, TimeInForce, TradeType
 from simulators.exchange import Exchange, ExchangeOrder, ExchangePosition, FaultKind, OrderStatus
 from simulators.tws import Tws
@@ -485,12 +485,18 @@ def test_several_accounts_are_always_named(exchange: Exchange, tmp_path: Path) -
 
 
 def test_a_question_before_sending_is_no_unknown_outcome(
-    subject: Subject, trader: Trader, exchange: Exchange, monkeypatch: pytest.MonkeyPatch
+    subject: Subject,
+    trader: Trader,
+    tws: Tws,
+    exchange: Exchange,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    before = tws.connections
     exchange.fault("contract", FaultKind.HANG)
     with subject.nothing_sent(), monkeypatch.context() as impatient:
         impatient.setattr(ib_session, "ASK_LIMIT", 0.5)
-        assert trader.place(limit(), key="early").code == "BROKER_UNAVAILABLE"
+        assert trader.place(limit(), key="early").code == "BUSY"
+    assert trader.place(limit(ticker="QQQ")).ok and tws.connections == before
     assert until(lambda: trader.place(limit(), key="early"))["clientOrderId"] == "early"
 
 
@@ -509,7 +515,7 @@ def test_a_deadline_before_sending_is_no_unknown_outcome(tws: Tws, exchange: Exc
         )
         await asyncio.to_thread(exchange.wait_for, lambda: exchange.received("contract"))
         order.cancel()
-        with pytest.raises(BrokerUnavailable, match="nothing was sent"):
+        with pytest.raises(Busy, match="nothing was sent"):
             await order
         await alone.close()
 
@@ -1013,6 +1019,10 @@ def test_a_tws_that_never_ends_a_list_of_what_is_over(
         assert trader.cancel(order_id).ok
         unknown = trader.state("1")
         assert unknown.code == "TIMEOUT" and name in unknown["ex"]
+        before = tws.connections
+        not_looked_for = trader.cancel("1")
+        assert not_looked_for.code == "BUSY" and name in not_looked_for["ex"]
+        assert trader.cancel(trader.placed(limit())).ok and tws.connections == before
         exchange.fault("place", FaultKind.CUT)
         assert trader.place(limit(), key="cut").code == "OUTCOME_UNKNOWN"
         until(trader.cash)
