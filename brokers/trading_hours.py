@@ -3,7 +3,8 @@
 IB has no market-state request. `ContractDetails` carries `tradingHours` (all sessions) and
 `liquidHours` (the regular ones) for about six days, in the exchange's own time zone, in one of
 two spellings: `20260323:0930-20260323:1600;20260324:CLOSED` (TWS 970 and later) or
-`20260323:0930-1130,1300-1500;20260324:CLOSED`. Halts are not in there.
+`20260323:0930-1130,1300-1500;20260324:CLOSED`. A second session of a day follows a comma or a
+semicolon, with its date or without. Halts are not in there.
 """
 
 from __future__ import annotations
@@ -68,9 +69,10 @@ def parse_sessions(text: str, zone: ZoneInfo) -> tuple[Session, ...]:
             begin_text, dash, end_text = span.partition("-")
             if not dash:
                 raise ValueError(f"no session: {span!r}")
-            end_date, colon, end_time = end_text.partition(":")
-            begin = _moment(date, begin_text, zone)
-            end = _moment(end_date, end_time, zone) if colon else _moment(date, end_text, zone)
+            begin, end = (
+                _moment(own_date or date, time, zone)
+                for own_date, _, time in (text.rpartition(":") for text in (begin_text, end_text))
+            )
             if end <= begin:
                 end += timedelta(days=1)
             sessions.append(Session(begin, end))

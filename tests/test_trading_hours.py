@@ -143,6 +143,16 @@ def test_sessions_survive_both_spellings(day: object, first: int, second: int) -
         assert parse_sessions(f"{date}:{begin}-{date}:{end}", UTC_ZONE) == (short,)
 
 
+@pytest.mark.parametrize("between", [",", ",20261125:", ";20261125:"])
+@pytest.mark.parametrize("until", ["-", "-20261125:"])
+def test_two_sessions_of_a_day(between: str, until: str) -> None:
+    text = f"20261125:0930{until}1200{between}1300{until}1600;20261126:CLOSED"
+    assert [str(each) for each in parse_sessions(text, UTC_ZONE)] == [
+        "11-25 09:30-12:00",
+        "11-25 13:00-16:00",
+    ]
+
+
 UTC_ZONE = ZoneInfo("UTC")
 
 
