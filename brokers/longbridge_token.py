@@ -29,7 +29,8 @@ RENEW_BEFORE = 7 * 86400.0
 
 RENEW_PAUSE = 600.0
 """Seconds between two attempts to renew, at least; a tenth of the token's remaining life if that is
-longer, so that a failing renewal, or a broker that grants short lives, is no storm."""
+longer, so that a failing renewal, or a broker that grants short lives, is no storm. Half its
+remaining life if that is shorter: a token that has ended can no longer be renewed (401003)."""
 
 _LINE = re.compile(r"^[ \t]*(?P<key>token|expiry|\"token\"|\"expiry\"|'token'|'expiry')[ \t]*=")
 _TABLE = re.compile(r"^[ \t]*\[")
@@ -317,7 +318,8 @@ class Renewal:
             last = float(tried[0])
         except ValueError:
             return True
-        return not 0 <= time.time() - last < max(RENEW_PAUSE, remaining / 10)
+        pause = min(max(RENEW_PAUSE, remaining / 10), remaining / 2)
+        return not 0 <= time.time() - last < pause
 
     def begin(self) -> None:
         """Notes the attempt, and proves that a new token could be written; TokenFileError if not.

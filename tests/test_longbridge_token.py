@@ -259,6 +259,22 @@ class TestRenewal:
         with Renewal(path, "key") as renewal:
             assert renewal.token is not None
 
+    def test_again_before_the_token_ends(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whatever is left of it: an ended one can no longer be renewed."""
+        end = time.time() + 300
+        path = write(tmp_path / "token.toml", expiry=f"{end:.0f}")
+        moments = []
+        for moment in range(int(end) - 300, int(end), 5):
+            monkeypatch.setattr(time, "time", lambda now=moment: float(now))
+            with Renewal(path, "key") as renewal:
+                if renewal.token is not None:
+                    renewal.begin()  # and then it failed
+                    moments.append(int(end) - moment)
+        assert moments[0] == 300 and 3 < len(moments) < 12, "no storm"
+        assert moments[1] > 150 and moments[-1] < 20
+
     def test_at_once_for_a_file_put_there_by_hand(self, tmp_path: Path) -> None:
         path = write(tmp_path / "token.toml", expiry=soon(3600))
         with Renewal(path, "key") as renewal:
