@@ -75,7 +75,9 @@ DOUBTFUL = re.compile(
     r"|NN_ProtoRet",
     re.IGNORECASE,
 )
-WRONG_PIN = re.compile(r"密码|密碼|password|pwd", re.IGNORECASE)
+WRONG_PIN = re.compile(
+    r"密码|密碼|password|pwd|\bpin\b|不正确|不正確|incorrect|wrong", re.IGNORECASE
+)
 
 
 class _Locked(Rejected):

@@ -632,6 +632,22 @@ def test_a_wrong_pin_is_tried_once(
     assert exchange.orders == {}
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["交易密碼錯誤", "Unlock failed: incorrect PIN", "pwdMD5 is wrong", "解锁失败，输入不正确"],
+)
+def test_a_wrong_pin_is_known_by_its_words(
+    connect: Callable[..., Futu], opend: OpenD, exchange: Exchange, words: str
+) -> None:
+    opend.locked = True
+    broker = connect(unlock_pin=PIN_MD5)
+    exchange.fault("unlock", FaultKind.REFUSE, text=words)
+    for _ in range(2):
+        with pytest.raises(Rejected, match=words):
+            place(broker)
+    assert len(exchange.received("unlock")) == 1
+
+
 def test_without_a_pin_the_lock_is_explained(connect: Callable[..., Futu], opend: OpenD) -> None:
     opend.locked = True
     with pytest.raises(Rejected, match="unlock it there, or configure unlock_pin"):
