@@ -146,6 +146,16 @@ def open_context(
         def begin(self) -> None:
             self.packed, self.answer = False, None
 
+        def _query_sync(self, pack_func: Any, unpack_func: Any, **values: Any) -> Any:
+            """InitConnect only: what the SDK makes of a refusal is a line in its log."""
+
+            def unpack(response: Any) -> Any:
+                if response.HasField("retType") and response.retType:
+                    self.answer = (response.retType, response.retMsg)
+                return unpack_func(response)
+
+            return super()._query_sync(pack_func, unpack, **values)
+
         def unpacked(self, function: Callable[..., Any], *args: Any, **values: Any) -> Any:
             """`function` of this context, left as soon as OpenD's answer is unpacked: its rows, or
             the id of an order placed. What the SDK would do after that are tables and queries."""
@@ -223,6 +233,8 @@ def open_context(
     context.live = True
     if context.status != "READY" or context.closing:
         close_context(context)
+        if context.answer is not None and context.answer[0]:
+            raise BrokerUnavailable(f"OpenD refuses the connection: {context.answer[1]}")
         raise BrokerUnavailable(
             "OpenD accepts connections but does not answer: it may be starting, or encryption is "
             "set up there and not here (pk_path), or the other way round"

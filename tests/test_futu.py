@@ -983,6 +983,16 @@ def test_a_deaf_opend_ends_the_attempt_to_connect(
     assert "accepts connections but does not answer" in errors[0].text
 
 
+def test_a_connection_that_opend_refuses_has_its_reason(
+    connect: Callable[..., Futu], exchange: Exchange
+) -> None:
+    """Such as the 129th (qa/opend.html), or that of an SDK it does not know."""
+    exchange.fault("connect", FaultKind.REFUSE, text="连接数已达上限")
+    with pytest.raises(BrokerUnavailable, match="refuses the connection: 连接数已达上限"):
+        connect()
+    assert connect().ping()
+
+
 def test_abort_ends_a_call_and_an_attempt(
     connect: Callable[..., Futu], opend: OpenD, exchange: Exchange
 ) -> None:
