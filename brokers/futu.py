@@ -64,6 +64,7 @@ from httptrading.model import (
 PIN_REFUSAL = "refused-pin"
 LISTING_DAYS = 10  # a gateway that was down over a long weekend finds its orders
 LOGIN_WINDOWS = {"unlock", "quote"}  # the others are counted for each account
+SHOWN_SECONDS = 1.0  # between two looks into OpenD's memory for those who may not have a listing
 HISTORY_DAYS = 90  # what one history request spans at most
 REFUSED = -1  # Common.proto RetType_Failed; -100, -200, -400 and -500 leave the outcome open
 OFTEN = re.compile(r"频率太高|頻率太高|频繁|頻繁|too (high|often|frequent)|frequen", re.IGNORECASE)
@@ -148,6 +149,7 @@ class Futu(BaseBroker):
         self._accounts: list[Account] = []
         self._account_of: dict[str, Account] = {}  # order id → account
         self._refreshed: set[tuple[str, int]] = set()  # what, account; of this connection
+        self._shown = float("-inf")  # when OpenD's memory was last looked into for a listing
 
     def account_key(self) -> str:
         given = self._given
@@ -322,9 +324,11 @@ class Futu(BaseBroker):
         except RateLimited:
             # OpenD's own memory is not limited. It is no listing, but an order whose outcome is
             # not known yet may be in it, and others may use the windows up for long.
-            for account in self._accounts:
-                rows = self._rows(self._context.order_list_query, account)
-                self.report(*self._reports(rows, account))
+            if time.monotonic() - self._shown >= SHOWN_SECONDS:
+                self._shown = time.monotonic()
+                for account in self._accounts:
+                    rows = self._rows(self._context.order_list_query, account)
+                    self.report(*self._reports(rows, account))
             raise
         return list(found.values())
 
