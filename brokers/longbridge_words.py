@@ -26,6 +26,7 @@ from httptrading.model import (
     TimeInForce,
     TradeType,
 )
+from httptrading.tickers import cn_currency
 
 log = logging.getLogger("httptrading.longbridge")
 
@@ -110,10 +111,8 @@ def usual_currency(contract: Contract) -> str | None:
     USD beside those in HKD)."""
     if contract.region == "HK":
         return None
-    if contract.region == "CN" and contract.ticker.startswith("900"):
-        return "USD"
-    if contract.region == "CN" and contract.ticker.startswith("20"):
-        return "HKD"
+    if contract.region == "CN":
+        return cn_currency(contract.ticker)
     return CURRENCIES[contract.region]
 
 

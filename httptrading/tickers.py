@@ -35,6 +35,17 @@ def cn_exchange(ticker: str) -> str:
     raise ValueError(f"{ticker} is no known CN code")
 
 
+def cn_currency(ticker: str) -> str:
+    """What a six-digit code is quoted in: B shares are not in yuan.
+
+    >>> cn_currency("600519"), cn_currency("900901"), cn_currency("200012")
+    ('CNY', 'USD', 'HKD')
+    """
+    if ticker.startswith("900"):
+        return "USD"
+    return "HKD" if ticker.startswith(("200", "201")) else "CNY"
+
+
 def canonical_ticker(region: str, text: str) -> str:
     """The one form in which a ticker is stored, compared and shown; ValueError says what is wrong.
 

@@ -246,6 +246,15 @@ def test_quotes_know_their_own_time_and_halts() -> None:
     assert (summer.utcoffset(), winter.utcoffset()) != (winter.utcoffset(), summer.utcoffset())
 
 
+def test_a_quote_is_in_the_currency_of_its_code() -> None:
+    """Qot_GetSecuritySnapshot.proto has none."""
+    told = {"US.AAPL": "USD", "HK.00700": "HKD", "HK.80700": "CNY", "SH.600519": "CNY"}
+    told |= {"SH.900901": "USD", "SZ.200012": "HKD", "SZ.201872": "HKD", "SH.204001": "CNY"}
+    for code, currency in told.items():
+        contract = words.to_contract(code, "N/A")
+        assert contract is not None and words.quote_currency(contract) == currency
+
+
 def account_row(acc_id: int, markets: list[str], **changes: Any) -> dict[str, Any]:
     return {
         "acc_id": acc_id,
