@@ -35,7 +35,7 @@ class _Slots:
         self.queued = 0
         self.queued_cancels = 0
         self._ends: deque[float] = deque(maxlen=window.limit)
-        self._last = -math.inf  # when a call last began or ended
+        self.last = -math.inf  # when a call last began or ended
         self._key = key
         self._notes: Path | None = None
         self._noting = threading.Lock()
@@ -47,7 +47,7 @@ class _Slots:
         self._forget(now)
         wait = 0.0
         if gaps and window.gap:
-            wait = max(0.0, self._last + window.gap * (ahead + 1) - now)
+            wait = max(0.0, self.last + window.gap * (ahead + 1) - now)
         usable = window.limit if cancel else window.limit - window.kept
         # Those ahead fill the window again and again before it is this call's turn.
         rounds, ahead = divmod(ahead, usable)
@@ -60,12 +60,12 @@ class _Slots:
 
     def begin(self) -> None:
         self.running += 1
-        self._last = time.monotonic()
+        self.last = time.monotonic()
 
     def end(self) -> None:
         self.running -= 1
-        self._last = time.monotonic()
-        self._ends.append(self._last)
+        self.last = time.monotonic()
+        self._ends.append(self.last)
 
     def keep_in(self, folder: Path) -> None:
         """Goes on from what an earlier process has noted in this folder, and notes there. A call
@@ -200,16 +200,16 @@ class Windows:
             for name in costs:
                 self._slots[name].end()
 
-    def take(self, name: str, *, gaps: bool = False) -> None:
+    def take(self, name: str, *, own: float = -math.inf) -> None:
         """Begins one call outside the queue, to be ended like any; RateLimited when there is no
         slot right now.
 
-        The running operation that makes the call may hold a slot of the same window itself, so the
-        gap between the two is its own affair; `gaps` when no operation makes it.
+        The gap to an earlier call of the operation that makes this one is that operation's own
+        affair: `own` is when (monotonic) it last began one. Others' calls may have come since.
         """
         with _lock:
             slot = self._slots[name]
-            wait = slot.wait(0, cancel=False, gaps=gaps)
+            wait = slot.wait(0, cancel=False, gaps=slot.last > own)
             if wait > 0:
                 raise _too_often(wait)
             slot.begin()

@@ -647,6 +647,7 @@ class _LaneLink:
     def __init__(self, lane: _Lane, worker: Worker) -> None:
         self._lane = lane
         self._worker = worker
+        self._taken = 0.0  # when an operation last took a slot, monotonic
 
     def report(self, reports: Iterable[OrderReport]) -> None:
         self._worker._listener.on_reports(self._sound("recent_orders", reports))
@@ -678,10 +679,12 @@ class _LaneLink:
         """The slot is given back with those of the running call, which ends later than the call
         that it is for; outside of one, at once."""
         windows, call = self._worker._windows, self._lane.current
-        windows.take(window, gaps=call is None)
         if call is None:
+            windows.take(window)
             windows.end((window,))
         else:
+            windows.take(window, own=max(call.began or 0.0, self._taken))
+            self._taken = time.monotonic()
             call.costs = (*call.costs, window)
         windows.note((window,))
 

@@ -233,17 +233,24 @@ def test_a_slot_beside_the_queue() -> None:
     windows.take("w")
 
 
-def test_a_slot_that_no_operation_takes_keeps_the_gap() -> None:
+def test_a_slot_beside_the_queue_keeps_the_gap_to_calls_of_others() -> None:
     clock = with_clock()
     windows = Windows({"w": Window(9, 10.0, gap=2.0)})
     windows.take("w")
-    windows.take("w")  # an operation's own second call
+    windows.take("w", own=clock.now)  # an operation's own second call
+    own = clock.now
     clock.now += 0.5
     with pytest.raises(RateLimited) as refused:
-        windows.take("w", gaps=True)
+        windows.take("w")
     assert refused.value.retry_after == pytest.approx(1.5)
     clock.now += 1.5
-    windows.take("w", gaps=True)
+    windows.take("w")  # another connection's
+    clock.now += 0.5
+    with pytest.raises(RateLimited) as refused:
+        windows.take("w", own=own)
+    assert refused.value.retry_after == pytest.approx(1.5)
+    clock.now += 1.5
+    windows.take("w", own=own)
 
 
 def test_two_slots_of_one_window() -> None:
