@@ -21,7 +21,7 @@ BRIEF = 0.25
 """Seconds within which a broker that is not hanging answers; a read waits so long for a place."""
 
 LIVELY = 1.0
-"""Seconds for which a brief answer shows that it is not hanging."""
+"""Seconds for which a brief answer shows that it is not hanging; it has so long for the first."""
 
 
 class Bulkhead:
@@ -34,7 +34,8 @@ class Bulkhead:
         self._kept = threads // 2 // max(1, len(self._under_way))
         self._common = threads - self._kept * len(self._under_way)
         self._is_alone = len(self._under_way) == 1
-        self._lively_until = 0.0
+        self._begun: list[float] = []
+        self._brief = float("-inf")  # when the last brief request ended
         self._freed = threading.Condition()
 
     @contextmanager
@@ -44,7 +45,7 @@ class Bulkhead:
         began = time.monotonic()
         with self._freed:
             # Where there is no neighbour to be held up, a crowd whose requests are brief queues.
-            if self._is_alone and not changes and began < self._lively_until:
+            if self._is_alone and not changes and self._is_lively(began):
                 self._freed.wait_for(lambda: self._has_room(instance_id), BRIEF)
             spare = not self._has_room(instance_id)
             if spare and not (changes and self._spare):
@@ -57,13 +58,15 @@ class Bulkhead:
             else:
                 self._common -= self._under_way[instance_id] >= self._kept
                 self._under_way[instance_id] += 1
+            self._begun.append(began)
         try:
             yield
         finally:
             now = time.monotonic()
             with self._freed:
+                self._begun.remove(began)
                 if now - began < BRIEF:
-                    self._lively_until = now + LIVELY
+                    self._brief = now
                 if spare:
                     self._spare += 1
                 else:
@@ -72,6 +75,9 @@ class Bulkhead:
                     # common.
                     self._common += self._under_way[instance_id] >= self._kept
                 self._freed.notify()
+
+    def _is_lively(self, now: float) -> bool:
+        return max(self._brief, min(self._begun, default=now)) > now - LIVELY
 
     def _has_room(self, instance_id: str) -> bool:
         return self._under_way[instance_id] < self._kept or self._common > 0

@@ -421,8 +421,6 @@ def test_a_crowd_at_the_only_account_queues(monkeypatch: pytest.MonkeyPatch) -> 
         with places.place(ID, changes=False):
             served.set()
 
-    with places.place(ID, changes=False):
-        pass  # a brief answer
     with contextlib.ExitStack() as crowd:
         first = crowd.enter_context(contextlib.ExitStack())
         first.enter_context(places.place(ID, changes=False))
