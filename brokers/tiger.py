@@ -247,7 +247,7 @@ class Tiger(BaseBroker):
             account=self._account,
             on_order=self._order_pushed,
             on_holding=self._holding_pushed,
-            on_back=self.restored,
+            on_up=self.restored,
         )
         self._push = address, subscription
         tiger_push.subscribe(address, key, subscription)

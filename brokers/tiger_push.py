@@ -62,7 +62,7 @@ class Subscription:
     account: str = field(repr=False)
     on_order: Callable[[Any], None]  # takes an OrderStatusData message
     on_holding: Callable[[Any], None]  # takes an AssetData or a PositionData message
-    on_back: Callable[[], None]  # news may have been missed
+    on_up: Callable[[], None]  # from now on; what came before, since the last list, is missed
 
 
 _shared: dict[Address, SharedPush] = {}
@@ -121,6 +121,7 @@ class SharedPush:
             session = self._session
         if session is not None and session.settled.is_set():
             session.subscribe(subscription.account)
+            subscription.on_up()
 
     def remove(self, subscription: Subscription) -> bool:
         """Whether none is left."""
@@ -134,14 +135,13 @@ class SharedPush:
             return [one for one in self._subscriptions if account in (None, one.account)]
 
     def welcomed(self, session: _Session) -> None:
-        """Tiger took the connection: subscribe again, and tell after a gap."""
+        """Tiger took the connection: subscribe, and tell."""
         self._welcomes += 1
         for account in {one.account for one in self.subscriptions()}:
             session.subscribe(account)
         log.info("push connection to Tiger is up")
-        if self._welcomes > 1:
-            for subscription in self.subscriptions():
-                subscription.on_back()
+        for subscription in self.subscriptions():
+            subscription.on_up()
 
     def _live(self) -> None:
         failures = 0

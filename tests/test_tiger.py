@@ -1553,6 +1553,8 @@ def test_two_accounts_share_one_push_connection(
             link = broker.link
             link.wait_for(lambda link=link: link.reports)
             assert {report.order.order_id for report in link.reports} == {order_id}
+            # What happened before it was heard is looked up.
+            link.wait_for(lambda link=link: link.restorations)
         assert len(exchange.received("connect")) == len(gateway.push_sessions) == 1
     exchange.wait_for(lambda: not gateway.push_sessions)
     assert not tiger_push._shared
@@ -1565,7 +1567,7 @@ def test_subscriptions_are_renewed_after_a_cut(
         exchange.wait_for(lambda: subscribed(exchange) == 3)
         [first] = gateway.push_sessions
         gateway.cut_push()
-        broker.link.wait_for(lambda: broker.link.restorations)
+        broker.link.wait_for(lambda: broker.link.restorations == 2)
 
         def renewed() -> bool:
             sessions = list(gateway.push_sessions)
@@ -1595,7 +1597,7 @@ def test_a_push_connection_that_does_not_hold_is_tried_more_seldom(
     monkeypatch.setattr(tiger_push, "STEADY", 1000.0)
     with connected(args, "trade") as broker:
         for cuts in range(3):
-            broker.link.wait_for(lambda cuts=cuts: broker.link.restorations == cuts)
+            broker.link.wait_for(lambda cuts=cuts: broker.link.restorations == cuts + 1)
             exchange.wait_for(lambda: len(gateway.push_sessions) == 1)
             gateway.cut_push()
             exchange.wait_for(lambda: not gateway.push_sessions)
