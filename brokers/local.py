@@ -91,7 +91,9 @@ class LocalBroker:
                 raise _unknown(broker) from None
             raise TimedOut(f"{broker.broker_display} did not answer in time") from None
         except BaseException as error:
-            if isinstance(error, NotImplementedError) and _left_out(broker, operation, error):
+            if isinstance(error, NotImplementedError) and (
+                not changes or _left_out(broker, operation, error)
+            ):
                 raise Unsupported(f"{broker.broker_display} does not offer {operation}") from None
             _log_unexpected(broker, operation, error)
             if changes:
