@@ -120,16 +120,17 @@ class Executions:
         self._revisions: dict[str, str] = {}
         self.shares = self.paid = Decimal(0)
 
-    def add(self, execution_id: str, fill: Fill) -> None:
-        """A correction repeats an execution under a higher revision."""
+    def add(self, execution_id: str, fill: Fill) -> bool:
+        """False for what was known. A correction repeats an execution under a higher revision."""
         key, revision = split_revision(execution_id)
         before = self._fills.get(key)
         if before is not None:
             if self._revisions[key] > revision:
-                return
+                return False
             self._count(before, -1)
         self._fills[key], self._revisions[key] = fill, revision
         self._count(fill, 1)
+        return fill != before
 
     def _count(self, fill: Fill, times: int) -> None:
         self.shares += times * exact(fill.qty)
@@ -360,10 +361,12 @@ class OrderBook:
         booked.note = state.completedStatus or booked.note
         return booked
 
-    def execution(self, contract: Any, execution: Any) -> tuple[BookedOrder, Fill]:
-        """It may be all that TWS says of an order: one that fills at once commonly has no
-        orderStatus (interactivebrokers.github.io/tws-api/order_submission.html), and after a
-        reconnect a filled one may be in no other list (erdewit/ib_insync#130, #365).
+    def execution(self, contract: Any, execution: Any) -> tuple[BookedOrder, Fill | None]:
+        """The order, and its fill if that is news.
+
+        It may be all that TWS says of an order: one that fills at once commonly has no orderStatus
+        (interactivebrokers.github.io/tws-api/order_submission.html), and after a reconnect a filled
+        one may be in no other list (erdewit/ib_insync#130, #365).
 
         Its API id counts only beside the mark sent with that id: executions of a whole day are
         listed, and the numbers may have begun anew since.
@@ -384,8 +387,7 @@ class OrderBook:
             price=exact(execution.price),
             time=_aware(execution.time),
         )
-        booked.executions.add(execution.execId, fill)
-        return booked, fill
+        return booked, fill if booked.executions.add(execution.execId, fill) else None
 
     def error(self, api_id: int, code: int, text: str) -> BookedOrder | None:
         """Keeps the words; None when no order with this id of ours is known, or not yet: a

@@ -501,10 +501,12 @@ class TwsSession:
     def _on_execution(self, request_id: int, contract: Any, execution: Any) -> None:
         booked, fill = self.book.execution(contract, execution)
         self._list(booked)
+        if execution.acctNumber != self.account:
+            return
+        if fill is not None and booked.perm_id:  # listed as well: TWS forgets it at midnight
+            self._ears.on_fill(fill)
         is_push = request_id < 0
-        if is_push and self._is_live and execution.acctNumber == self.account:
-            if booked.perm_id:
-                self._ears.on_fill(fill)
+        if is_push and self._is_live:
             self._tell(booked)
 
     def _on_error(self, request_id: int, code: int, text: str, *_: Any) -> None:

@@ -549,6 +549,25 @@ def test_an_order_of_which_only_its_execution_is_told(trader: Trader, tws: Tws) 
     assert (node["qty"], node["filledQty"]) == (12, 12)
 
 
+def test_fills_made_while_the_gateway_was_away_outlive_the_day(
+    trader: Trader, tws: Tws, exchange: Exchange
+) -> None:
+    """TWS lists executions until midnight, and nobody may have asked for the order by then."""
+    order_id = trader.placed(limit())
+    tws.stop()
+    exchange.fill(order_id, 5, "12.30")
+    exchange.fill(order_id, 7, "12.20")
+    tws.start()
+    until(trader.cash)
+    tws.restart(new_day=True)
+    until(trader.cash)
+    fills = until(lambda: trader.fills(order_id))["fills"]
+    assert [(each["qty"], each["price"]) for each in fills] == [
+        (5, Decimal("12.3")),
+        (7, Decimal("12.2")),
+    ]
+
+
 def test_a_filled_order_that_only_executions_list(
     subject: Subject, trader: Trader, tws: Tws, exchange: Exchange
 ) -> None:
