@@ -46,6 +46,9 @@ LINK_RESTORED = {1101, 1102}
 PORT_CHANGED = 1300
 UNLINKED = "TWS is running but has no connection to IB's servers; it reconnects by itself"
 
+UNLINKED_LIMIT = 60.0
+"""Seconds since TWS last said so (it repeats it, IbcAlpha/IBC#143) for which it is believed."""
+
 ALIVE_LIMIT = 4.0
 """Seconds within which TWS must tell the time."""
 
@@ -121,6 +124,7 @@ class TwsSession:
         self._heard: dict[int, list[tuple[int, str]]] = {}  # errors about orders being watched
         self._is_live = False  # synchronised, and not closing
         self._is_linked = True
+        self._unlinked_at = 0.0
         self._lost_by = HUNG_UP
         self._failure: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -129,6 +133,7 @@ class TwsSession:
     # --- life -------------------------------------------------------------------------------
     async def open(self) -> None:
         """Connects and synchronises, or raises BrokerUnavailable with what to do about it."""
+        await _end_of_outage()
         deadline = asyncio.get_running_loop().time() + self._timeout
         try:
             async with asyncio.timeout_at(deadline):
@@ -260,6 +265,11 @@ class TwsSession:
             task.exception()  # noted: the next list meets the same
 
     async def close(self) -> None:
+        """Keeps the socket while TWS has no connection to IB's servers: it tells its open
+        connections of the end (1101, 1102), and a new one perhaps not even of the outage."""
+        if self.awaits_link:
+            _UNLINKED[asyncio.get_running_loop()] = self
+            return
         self._is_live = False
         ib, self.ib = self.ib, None
         if ib is None:
@@ -281,6 +291,9 @@ class TwsSession:
         if self._lost_by == HUNG_UP:
             self._lost_by = reason
         self._ears.on_lost(reason)
+        self._hang_up()
+
+    def _hang_up(self) -> None:
         transport = self._transport()
         if transport is not None:
             transport.abort()
@@ -297,11 +310,16 @@ class TwsSession:
     async def _beat(self) -> None:
         """Notices a TWS that is gone without closing its socket, and an order of ours that ended
         without a word."""
-        while True:
-            await asyncio.sleep(HEARTBEAT)
-            if await self.check_alive():
-                with suppress(HttpTradingError):
-                    await self._look_for_ours()
+        try:
+            while True:
+                await asyncio.sleep(HEARTBEAT)
+                if await self.check_alive():
+                    with suppress(HttpTradingError):
+                        await self._look_for_ours()
+        finally:  # also when the worker ends in an outage, see `close`
+            if _UNLINKED.get(asyncio.get_running_loop()) is self:
+                del _UNLINKED[asyncio.get_running_loop()]
+            self._hang_up()
 
     async def _look_for_ours(self) -> None:
         """Asks what became of our open orders that TWS does not list as open: "There are not
@@ -317,6 +335,8 @@ class TwsSession:
 
     async def check_alive(self, seconds: float = ALIVE_LIMIT) -> bool:
         """Whether TWS answers and has a connection to IB's servers."""
+        if self.awaits_link:
+            return False
         try:
             async with asyncio.timeout(seconds):
                 await self.current_time()
@@ -327,11 +347,23 @@ class TwsSession:
 
     @property
     def is_open(self) -> bool:
-        return self.ib is not None and self.ib.client.isReady()
+        return self._has_socket and self._is_linked
+
+    @property
+    def awaits_link(self) -> bool:
+        """Whether TWS has said that IB's servers are away, and can still say that they are back."""
+        is_recent = asyncio.get_running_loop().time() < self._unlinked_at + UNLINKED_LIMIT
+        return self._is_live and self._has_socket and not self._is_linked and is_recent
+
+    @property
+    def _has_socket(self) -> bool:
+        return self.ib is not None and bool(self.ib.client.isReady())
 
     def client(self) -> Any:
-        """The SDK's client, when the socket is open."""
-        if not self.is_open:
+        """The SDK's client, when it can reach IB's servers."""
+        if not self._is_linked:
+            raise BrokerUnavailable(UNLINKED)
+        if not self._has_socket:
             raise BrokerUnavailable("The connection to TWS is broken; nothing was sent")
         return self.ib.client
 
@@ -517,9 +549,14 @@ class TwsSession:
             )
         elif code in LINK_LOST:
             self._is_linked = False
+            self._unlinked_at = asyncio.get_running_loop().time()
             self._fail_named(BrokerUnavailable(UNLINKED))
             if self._is_live:
-                self._lose(UNLINKED)
+                self._lost_by = UNLINKED
+                for future in self.ib.wrapper._futures.values():
+                    if not future.done():
+                        future.set_exception(ConnectionError(UNLINKED))
+                self._ears.on_lost(UNLINKED)
         elif code in LINK_RESTORED:
             self._is_linked = True
             if self._is_live:
@@ -686,6 +723,19 @@ class TwsSession:
             booked = self.book.own(api_id)
             if booked is not None:
                 self._tell(booked)
+
+
+_UNLINKED: dict[asyncio.AbstractEventLoop, TwsSession] = {}
+"""The session that awaits the end of an outage, by the loop of its worker, which has one only."""
+
+
+async def _end_of_outage() -> None:
+    """Raises BrokerUnavailable while an earlier session still awaits the end of the outage."""
+    waiting = _UNLINKED.get(asyncio.get_running_loop())
+    if waiting is not None:
+        if waiting.awaits_link:
+            raise BrokerUnavailable(UNLINKED)
+        await waiting.close()
 
 
 def _only_asked_for(wrapper: Any) -> Callable[..., None]:

@@ -160,8 +160,9 @@ class InteractiveBrokers(BaseBroker):
         self.stale()
 
     def _open(self) -> TwsSession:
-        if self._tws is None or not self._tws.is_open:
+        if self._tws is None:
             raise BrokerUnavailable("The connection to TWS is broken; nothing was sent")
+        self._tws.client()
         return self._tws
 
     # --- contracts ----------------------------------------------------------------------------

@@ -991,22 +991,65 @@ def test_a_changed_port_is_said(trader: Trader, tws: Tws) -> None:
 
 
 @pytest.mark.parametrize("data_kept", [True, False], ids=["1102", "1101"])
+@pytest.mark.parametrize("tells_outage", [True, False], ids=["2110", "no-2110"])
 def test_the_link_to_ibs_servers(
-    subject: Subject, trader: Trader, tws: Tws, data_kept: bool
+    subject: Subject,
+    trader: Trader,
+    tws: Tws,
+    monkeypatch: pytest.MonkeyPatch,
+    data_kept: bool,
+    tells_outage: bool,
 ) -> None:
+    """TWS tells the open connections that it lost IB's servers and that they are back; whether it
+    tells a new one of the outage is not documented."""
+    attempts: list[ib_session.TwsSession] = []
+    connect = ib_session.TwsSession.open
+
+    async def counted(session: ib_session.TwsSession) -> None:
+        attempts.append(session)
+        await connect(session)
+
+    def no_pong_until_tried() -> bool:
+        assert trader.ping()["pong"] is False
+        return len(attempts) > 1
+
+    monkeypatch.setattr(ib_session.TwsSession, "open", counted)
+    tws.tells_outage = tells_outage
     order_id = trader.placed(limit())
     for _ in range(2):
         tws.link(False)
         down(trader, "no connection to IB's servers")
         with subject.nothing_sent():
             assert trader.place(limit()).code == "BROKER_UNAVAILABLE"
-        ping = trader.ping()
-        assert ping.code == "BROKER_UNAVAILABLE" or ping["pong"] is False
+        attempts.clear()
+        before = tws.connections
+        wait_for(no_pong_until_tried, "an attempt to connect that has failed")
+        assert tws.connections == before
         tws.link(True, data_kept=data_kept)
         until(trader.cash)
+        assert tws.connections == before + 1
         assert trader.ping()["pong"] is True
     assert trader.order(order_id)["isCompleted"] is False
     assert trader.cancel(order_id).ok
+
+
+def test_an_outage_whose_end_is_not_told(
+    subject: Subject, trader: Trader, tws: Tws, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ib_session, "UNLINKED_LIMIT", 1.0)
+    tws.link(False)
+    down(trader, "no connection to IB's servers")
+    tws.linked = True
+    until(trader.cash)
+
+
+def test_tws_stops_during_an_outage(subject: Subject, trader: Trader, tws: Tws) -> None:
+    """As in its nightly restart."""
+    tws.link(False)
+    down(trader, "no connection to IB's servers")
+    tws.linked = True
+    tws.restart()
+    until(trader.cash)
 
 
 def test_a_deaf_tws(tws: Tws, tmp_path: Path) -> None:

@@ -127,6 +127,7 @@ class Tws:
         # What is sent waits until what was sent before is acknowledged (RFC 896).
         self.holds_back = False
         self.linked = True  # the connection between TWS and IB's servers
+        self.tells_outage = True  # a connection made during one (2110), not only the open ones
         self.live_data = True  # the account may see live quotes
         self.delayed_data = True  # … delayed ones
         self.quote_advice: tuple[int, str] | None = None  # before the quote (10090 …)
@@ -644,7 +645,7 @@ class _Connection(asyncio.Protocol):
         self.started = not self.tws.deaf
         self.send(15, 1, ",".join(self.tws.accounts))
         self.send(9, 1, self._next_order_id())
-        if self.tws.linked:
+        if self.tws.linked or not self.tws.tells_outage:
             self.error(-1, 2104, "Market data farm connection is OK:usfarm")
             self.error(-1, 2106, "HMDS data farm connection is OK:ushmds")
             self.error(-1, 2158, "Sec-def data farm connection is OK:secdefnj")
