@@ -11,6 +11,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, ClassVar
@@ -62,6 +63,7 @@ from httptrading.model import (
 )
 
 PIN_REFUSAL = "refused-pin"
+ACCOUNTS = "accounts"  # the ids of those that were chosen, the first ones first
 LISTING_DAYS = 10  # a gateway that was down over a long weekend finds its orders
 LOGIN_WINDOWS = {"unlock", "quote"}  # the others are counted for each account
 SHOWN_SECONDS = 1.0  # between two looks into OpenD's memory for those who may not have a listing
@@ -231,12 +233,25 @@ class Futu(BaseBroker):
             # (trade/open_trade_context.py:198).
             raise BrokerUnavailable("OpenD did not tell its accounts at first; connecting again")
         given = self._given
-        self._accounts = parse_accounts(rows, given.trade_env, given.acc_id)
+        before = self._chosen_before()
+        self._accounts = parse_accounts(rows, given.trade_env, given.acc_id, before)
         if not self._accounts:
             wanted = f"no {given.trade_env} account" + (" with this acc_id" if given.acc_id else "")
             raise BrokerUnavailable(
                 f"The OpenD login has {wanted} (security_firm {given.security_firm})"
             )
+        chosen = [account.acc_id for account in self._accounts if account.acc_id not in before]
+        if chosen and not given.acc_id:
+            new = self.data_dir / f"{ACCOUNTS}.new"
+            with suppress(OSError):  # a full disk: they are chosen anew after the next connection
+                new.write_text("\n".join(map(str, before + chosen)), "utf-8")
+                new.replace(self.data_dir / ACCOUNTS)
+
+    def _chosen_before(self) -> list[int]:
+        try:
+            return [int(line) for line in (self.data_dir / ACCOUNTS).read_text("utf-8").split()]
+        except (OSError, ValueError):
+            return []
 
     def close(self) -> None:
         if self._context is not None:

@@ -322,17 +322,26 @@ class Account:
         )
 
 
-def parse_accounts(rows: Iterable[Mapping[str, Any]], env: str, acc_id: int) -> list[Account]:
+def parse_accounts(
+    rows: Iterable[Mapping[str, Any]], env: str, acc_id: int, before: Iterable[int] = ()
+) -> list[Account]:
     """The accounts orders go to: for each region the first active one of this environment that
-    trades stocks there. What lies in others is not shown, since it cannot be sold from here.
+    trades stocks there, as they were `before`: the list's order changes when an account is opened
+    or closed (get-funds.html on acc_index). What lies in others is not shown, since it cannot be
+    sold from here.
 
     SIMULATE lists accounts for options, futures and competitions beside those for stocks, FUTUJP
     one for derivatives, which has the US for its options. A MASTER of other accounts comes last:
     it may not place orders (place_order.py of Futu's own skill futuapi).
     """
+    places = {known: place for place, known in enumerate(before)}
+
+    def rank(row: Mapping[str, Any]) -> tuple[bool, int]:
+        return row["acc_role"] == "MASTER", places.get(int(row["acc_id"]), len(places))
+
     fit = [
         Account(int(row["acc_id"]), tuple(row["trdmarket_auth"]))
-        for row in sorted(rows, key=lambda row: row["acc_role"] == "MASTER")
+        for row in sorted(rows, key=rank)
         if row["trd_env"] == env
         and row["acc_status"] != "DISABLED"
         and row["acc_role"] != "IPO"

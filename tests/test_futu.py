@@ -292,6 +292,25 @@ def test_the_master_of_other_accounts_gets_no_orders(
     assert exchange.orders[place(connect())].account == "62"
 
 
+def test_orders_stay_with_their_account_when_the_list_changes(
+    connect: Callable[..., Futu], opend: OpenD, exchange: Exchange
+) -> None:
+    """'acc_index will change when adding/closing an account' (get-funds.html)."""
+    first, second = Account(71, REAL, ("HK", "US")), Account(72, REAL, ("HK", "US"))
+    opend.accounts = (second,)
+    order_id = place(connect())
+    opend.accounts = (first, second)
+    broker = connect()
+    assert exchange.orders[place(broker)].account == "72"
+    broker.cancel_order(order_id)
+    assert exchange.orders[order_id].status is OrderStatus.CANCELED
+    opend.accounts = (first, replace(second, active=False))
+    assert exchange.orders[place(connect())].account == "71"
+    opend.accounts = (first, second)
+    assert exchange.orders[place(connect(acc_id=71))].account == "71"
+    assert exchange.orders[place(connect())].account == "72"
+
+
 def test_a_missing_account_is_named(connect: Callable[..., Futu], opend: OpenD) -> None:
     with pytest.raises(BrokerUnavailable, match="no REAL account with this acc_id"):
         connect(acc_id=1)

@@ -292,6 +292,17 @@ def test_orders_go_to_accounts_for_stocks_only() -> None:
     assert words.parse_accounts([account_row(9, ["JP"])], "SIMULATE", 0) == []
 
 
+def test_accounts_stay_as_they_were() -> None:
+    rows = [account_row(1, ["HK"]), account_row(2, ["HK", "US"]), account_row(3, ["US", "CN"])]
+    before = words.parse_accounts(rows, "SIMULATE", 0)
+    assert [account.acc_id for account in before] == [1, 2, 3]
+    known = [account.acc_id for account in before]
+    assert words.parse_accounts(rows[::-1], "SIMULATE", 0, known) == before
+    assert (
+        words.parse_accounts([account_row(4, ["CN", "US"]), *rows], "SIMULATE", 0, known) == before
+    )
+
+
 us_tickers = st.from_regex(r"[A-Z]{1,5}(\.[A-Z]{1,2})?", fullmatch=True)
 hk_tickers = st.integers(1, 99999).map("{:05}".format)
 cn_tickers = st.sampled_from(["600519", "688981", "900901", "510300", "113050", "204001"]) | (
