@@ -108,6 +108,9 @@ class LocalBroker:
         except BaseException as error:
             _log_unexpected(self._broker, "close", error)
 
+    def ended(self) -> str:
+        return ""
+
     def interrupt(self) -> None:
         """Helps a stuck call to end; from another thread."""
         try:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from httptrading.brokers.base import CHANGES, BaseBroker, Link
+from httptrading.brokers.worker import Ended
 from httptrading.errors import (
     BrokerUnavailable,
     HttpTradingError,
@@ -140,7 +141,13 @@ class ChildBroker:
                 raise OutcomeUnknown(
                     f"The child process for {display} ended before {display} had answered"
                 ) from None
-            raise BrokerUnavailable(f"The child process for {display} ended") from None
+            raise Ended(f"The child process for {display} ended") from None
+
+    def ended(self) -> str:
+        """A killed child is found here as well before its end of the pipe is."""
+        if self._broken or (self._process is not None and self._process.poll() is not None):
+            return f"The child process for {self._prototype.broker_display} ended"
+        return ""
 
     async def close(self) -> None:
         """Asks the child to close its connection and leave; kills it when it does not."""

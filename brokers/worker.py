@@ -36,6 +36,7 @@ from httptrading.errors import (
     Busy,
     HttpTradingError,
     InternalError,
+    RateLimited,
     TimedOut,
 )
 from httptrading.model import Contract, Fill, OrderReport, Quote
@@ -73,8 +74,20 @@ class Backend(Protocol):
 
     def interrupt(self) -> None: ...
 
+    def ended(self) -> str:
+        """Why it can be asked nothing more, found out without asking; "" if there is no reason."""
+
     @property
     def pid(self) -> int | None: ...
+
+
+class Ended(BrokerUnavailable):
+    """The backend ended while it was asked."""
+
+
+DYING_SECONDS = 0.25
+"""A killed process takes some milliseconds to end. A read that it gets meanwhile is asked again;
+one that ran for longer may be what it died of."""
 
 
 class Listener(Protocol):
@@ -126,6 +139,7 @@ class Call(Future[Any]):
         self.ready = ready
         self.began: float | None = None  # when the lane took it up, monotonic
         self.asked_by = asked_by.get()
+        self.is_second_try = False
 
     @property
     def is_cancel(self) -> bool:
@@ -354,6 +368,23 @@ class Worker:
     def ended(self, call: Call) -> None:
         self._windows.end(call.costs)
 
+    def asks_again(self, call: Call) -> bool:
+        """Queues a read for the next connection, once; the slots of its first try stay used."""
+        call.costs = self._costs.get(call.operation, ())
+        with self._lock:
+            now = time.monotonic()
+            lately = call.began is not None and now < call.began + DYING_SECONDS
+            if self._closing or call.operation in CHANGES or call.is_second_try or not lately:
+                return False
+            patience = call.deadline - now
+            try:
+                self._windows.admit(call.costs, cancel=False, patience=patience)
+            except RateLimited:
+                return False
+            call.is_second_try, call.began = True, None
+            bisect.insort(self._queue, (call.priority, next(self._numbers), call))
+        return True
+
     def connecting(self, lane: _Lane) -> None:
         with self._lock:
             if lane is self._lane:
@@ -369,13 +400,14 @@ class Worker:
         log.info("worker %s: connected", self.name)
         self._listener.on_connected(self)
 
-    def disconnected(self, lane: _Lane, reason: str, pause: float) -> None:
-        """The connection was lost, or an attempt failed; the next one comes after `pause`."""
+    def disconnected(self, lane: _Lane, reason: str, pause: float, *, failed: bool) -> None:
+        """The connection was lost, or an attempt `failed`; the next one comes after `pause`. Who
+        asks meanwhile waits for it, unless the last one has just failed."""
         with self._lock:
             if lane is not self._lane:
                 return
             repeated = self.state.last_error == reason
-            self._pausing = pause > 0
+            self._pausing = failed and pause > 0
             self._retry_at = time.monotonic() + pause
             self._disconnected_locked(reason)
             refused = self._queue if self._pausing else []
@@ -530,7 +562,8 @@ class _Lane(threading.Thread):
             attempt += 1
             self._attempted = time.monotonic()
             reason = await self._connect()
-            if not reason:
+            failed = bool(reason)
+            if not failed:
                 self._worker.connected(self)
                 while not (self._stopping or self._lost):
                     await self._serve()
@@ -544,7 +577,7 @@ class _Lane(threading.Thread):
             if self._stopping:
                 return
             pause = _pause(attempt)
-            self._worker.disconnected(self, reason, pause)
+            self._worker.disconnected(self, reason, pause, failed=failed)
             self._link = _LaneLink(self, self._worker)
             self._backend = self._worker._make_backend(self._link)
             await self._wait(pause)
@@ -581,6 +614,9 @@ class _Lane(threading.Thread):
         """Runs the next call, or waits for one, for a slot, or for bad news."""
         self._wake.clear()
         self._wake_sent = None
+        if ended := self._backend.ended():
+            self._on_lost(ended)
+            return
         call, wait = self._worker.next_call(self)
         if call is not None:
             await self._run(call)
@@ -634,6 +670,8 @@ class _Lane(threading.Thread):
         self.current = None
         if isinstance(error, BrokerUnavailable):
             self._on_lost(error.text.rstrip("."))
+        if isinstance(error, Ended) and self._worker.asks_again(call):
+            return
         if error is not None:
             call.set_exception(error)
         else:

@@ -251,6 +251,8 @@ def test_a_frozen_neighbour_costs_nothing(on: Pair) -> None:
     wait_for(lambda: worker._lane.current, "the neighbour to be asked")
     assert all(on.trader(1).cash().ok for _ in range(20))
     assert waiting.is_alive()  # nobody waited for it
+    last = worker._lane.current.began + worker_module.DYING_SECONDS
+    wait_for(lambda: time.monotonic() > last, "a read that is not asked again")
     os.kill(frozen, signal.SIGKILL)
     waiting.join(60)
     assert answers[0].code == "BROKER_UNAVAILABLE"
@@ -276,6 +278,26 @@ def test_a_late_waiter_is_told_of_the_silence(on: Pair, monkeypatch: pytest.Monk
         lambda answer: worker.state.replacements > before,
     )
     assert (answer.status, answer.code) == (504, "TIMEOUT"), answer
+
+
+def test_the_next_call_after_a_kill_is_served(on: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when its child has not lived for long, and is only dying when the call comes."""
+    monkeypatch.setattr(worker_module, "DYING_SECONDS", 60.0)
+    (worker,) = on.gateway.instance(IDS[0]).workers.values()
+
+    def kill(*, seen: bool) -> None:
+        before = worker.state.reconnects
+        os.kill(on.pid(), signal.SIGKILL)
+        if seen:
+            wait_for(lambda: worker.state.reconnects > before, "its end to be seen")
+
+    for number in range(6):
+        kill(seen=number % 2 == 0)
+        answer = on.trader().cash()
+        assert answer.ok, answer
+    for _ in range(3):
+        kill(seen=True)
+        assert on.trader().placed(ORDER)
 
 
 def test_a_broker_that_is_down_in_its_child(tmp_path: Path) -> None:
