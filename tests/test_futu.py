@@ -1140,7 +1140,7 @@ def test_the_sdk_leaves_the_process_alone(opend: OpenD, tmp_path: Path) -> None:
         assert signal.getsignal(signal.SIGINT) is handler
         assert os.environ["HOME"] == str(home)
         assert os.listdir(home) == ["data"], os.listdir(home)
-        assert os.listdir(home / "data") == [".com.futunn.FutuOpenD"]
+        assert sorted(os.listdir(home / "data")) == [".com.futunn.FutuOpenD", "accounts"]
         """,
     )
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
