@@ -98,8 +98,9 @@ def market_status(
     """The state at `now`, and in `origin_status` which hours say so.
 
     `day` are the hours of a stock that stands for the market, `night` those of the same stock on
-    IB's overnight venue (US only); without them (the venue may not be listed, or only from tonight
-    on) the documented hours, 20:00 to 03:50 New York time before a trading day, hold.
+    IB's overnight venue (US only); without them (the venue may not be listed, only from tonight
+    on, or with the hours of the day) the documented hours, 20:00 to 03:50 New York time before a
+    trading day, hold.
     """
     if day is None:
         return MarketStatus(region, "no contract hours at IB", UnifiedStatus.UNKNOWN)
@@ -118,7 +119,8 @@ def market_status(
         return _status(region, state, "tradingHours", trading, day)
     if region in EXTENDED:
         dark = Hours(f"{day.name} (documented)", day.zone, _nights(day), ())
-        if night is not None and night.trading and night.trading[0].begin <= now:
+        told = () if night is None or night.trading == day.trading else night.trading
+        if night is not None and told and told[0].begin <= now:
             dark = night
         session = _at(now, dark.trading)
         if session is not None:

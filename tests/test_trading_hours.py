@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
@@ -127,6 +128,13 @@ def test_a_zone_that_is_none_is_the_regions(name: str) -> None:
 def test_unreadable_hours_are_an_error(text: str) -> None:
     with pytest.raises(ValueError):
         parse_sessions(text, NEW_YORK)
+
+
+def test_the_overnight_venue_with_the_hours_of_the_day() -> None:
+    """They say nothing of the night: the documented hours hold."""
+    now = datetime(2026, 11, 27, 3, 0, tzinfo=NEW_YORK)
+    same = replace(US, name="SPY@OVERNIGHT")
+    assert market_status("US", now, US, same).unified_status is UnifiedStatus.OVERNIGHT
 
 
 minutes = st.integers(0, 24 * 60 - 1)
