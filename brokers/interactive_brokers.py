@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -89,6 +90,7 @@ CURRENCY_NAMES = {"CNY": ("CNY", "CNH")}
 QUOTE_LIMIT = 5.0
 HALTED_GRACE = 0.25  # for the halted tick once all prices are there
 ADVICE_GRACE = 1.0  # for the next word after "part of it is not subscribed"
+HOURS_AGAIN = 60.0  # between questions for the hours of a market that IB had none for
 CONNECT_LIMIT = 14.0  # below the worker's own limit, so that the sentence about it is ours
 
 DETAILS_AT_ONCE = 20
@@ -131,6 +133,7 @@ class InteractiveBrokers(BaseBroker):
         self._regions: dict[int, str | None] = {}  # conId → region, of positions
         self._hours: dict[str, Hours | None] = {}
         self._hours_day = ""
+        self._hours_again = 0.0
         ears = Ears(
             on_lost=self.lost,
             on_order=lambda booked: self.report(booked.report()),
@@ -462,12 +465,14 @@ class InteractiveBrokers(BaseBroker):
     async def market_status(self) -> dict[TradeType, dict[str, MarketStatus]]:
         """From contract hours and TWS's own clock, so that ours may be wrong."""
         tws = self._open()
-        now = await tws.current_time()
-        if self._hours_day != now.date().isoformat():
+        now, clock = await tws.current_time(), asyncio.get_running_loop().time()
+        if self._hours_day != now.date().isoformat() or clock >= self._hours_again:
             regions = (*MARKETS, OVERNIGHT_VENUE)
             found = await asyncio.gather(*map(self._learn_hours, regions))
             self._hours = dict(zip(regions, found, strict=True))
             self._hours_day = now.date().isoformat()
+            # 200 ("no security definition") may be so for a moment: while the farm connects (2157).
+            self._hours_again = clock + HOURS_AGAIN if None in found else math.inf
         night = self._hours[OVERNIGHT_VENUE]
         return {
             TradeType.Securities: {

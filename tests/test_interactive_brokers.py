@@ -946,10 +946,19 @@ def test_market_state_follows_the_clock_of_tws(
     assert all("@" in node["originStatus"] for node in states.values())
 
 
-def test_a_market_without_hours_is_unknown(trader: Trader, tws: Tws) -> None:
-    tws.listings = [each for each in tws.listings if each.region != "CN"]
+@pytest.mark.parametrize("again", [60.0, 0.0])
+def test_a_market_without_hours_is_unknown(
+    trader: Trader, tws: Tws, monkeypatch: pytest.MonkeyPatch, again: float
+) -> None:
+    """For a while, not for the day: IB may know no contract for a moment, after a restart."""
+    monkeypatch.setattr(interactive_brokers, "HOURS_AGAIN", again)
+    listings = tws.listings
+    tws.listings = [each for each in listings if each.region != "CN"]
     states = trader.market()["marketStatus"]["securities"]
     assert states["CN"]["unifiedStatus"] == "UNKNOWN"
+    tws.listings = listings
+    states = trader.market()["marketStatus"]["securities"]
+    assert (states["CN"]["unifiedStatus"] == "UNKNOWN") is bool(again)
 
 
 # --- life ---------------------------------------------------------------------------------------
