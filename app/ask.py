@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 import secrets
-import time
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from typing import Any, Literal, TypeVar
@@ -66,11 +65,14 @@ class Ask:
         request: Request,
         instance: Instance,
         request_id: str,
+        began: float,
         *,
         reword: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None,
         order_node: type[Schema],
     ) -> None:
-        """Both differ under `compat="1.0"`: `reword` puts a body into the words of today, and
+        """`began`: when the request arrived, in `time.monotonic()` seconds.
+
+        The others differ under `compat="1.0"`: `reword` puts a body into the words of today, and
         unknown keys, the body's content type and a query beside it are ignored then; `order_node`
         is how an order is worded."""
         self.request = request
@@ -79,7 +81,7 @@ class Ask:
         self.request_id = request_id
         self.reword = reword
         self.order_node = order_node
-        self.began = time.monotonic()
+        self.began = began
         self.deadline = self.began + instance.settings.deadline
         self.fresh = "no-cache" in request.headers.get("Cache-Control", "").lower()
         self.raw_body: Any = None

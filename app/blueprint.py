@@ -106,7 +106,7 @@ class Service:
         outcome = "OK"
         try:
             with self._place(admitted, changes=route.method == "POST"):
-                response = self._answer(path, route, admitted, request, request_id)
+                response = self._answer(path, route, admitted, request, request_id, began)
         except HttpTradingError as error:
             outcome = error.code
             response = self._error(admitted, error, request_id)
@@ -137,7 +137,13 @@ class Service:
         return self._bulkhead.place(instance_id, changes=changes)
 
     def _answer(
-        self, path: str, route: Route, instance_id: str, request: Request, request_id: str
+        self,
+        path: str,
+        route: Route,
+        instance_id: str,
+        request: Request,
+        request_id: str,
+        began: float,
     ) -> Response:
         method = "GET" if request.method == "HEAD" else request.method
         if method != route.method:
@@ -146,6 +152,7 @@ class Service:
             request,
             self.gateway.instance(instance_id),
             request_id,
+            began,
             reword=compat.request_body if self._compat else None,
             order_node=compat.OrderNode10 if self._compat else OrderNode,
         )
