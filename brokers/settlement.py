@@ -4,7 +4,8 @@ After a start, after each reconnect and after every unknown outcome the broker i
 complete listing. An order found by its mark is `placed`. One that is missing from two listings,
 both begun later than the broker needs to accept and to show an order, and with no call of it still
 running, is `not placed`, if the listings reach back to when it was sent: it may have been filled
-during a long outage. Until then it stays unknown, and every answer says so.
+during a long outage. Until then it stays unknown, and every answer says so. The time since counts
+over restarts, however soon they follow each other.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import logging
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from httptrading.brokers.journal import (
     NOT_PLACED,
     PLACED,
+    SENDING,
+    UNKNOWN,
     UNSETTLED,
     Journal,
     JournalOrder,
@@ -174,6 +178,7 @@ class Settlement:
 
     # --- the thread ---------------------------------------------------------------------------
     def _run(self) -> None:
+        self._note_calls_of_before()
         while self._wait():
             pause: float | None
             try:
@@ -188,6 +193,25 @@ class Settlement:
             if pause is not None:
                 with self._lock:
                     self._wake_at(time.monotonic() + pause)
+
+    def _note_calls_of_before(self) -> None:
+        """What an earlier process was sending when it was killed is over by now; the next one is
+        to know since when."""
+        with suppress(Busy):
+            rows = self._journal.unsettled(self._instance.id)
+            with self._lock:
+                of_before = [row for row in rows if row.mark not in self._calls]
+            for row in of_before:
+                if row.state == SENDING:
+                    self._journal.settle(row.row_id, Outcome(UNKNOWN))
+
+    def _over_before(self, row: JournalOrder) -> float:
+        """When the call of an order of an earlier process was surely over, at the broker too."""
+        over = self._born
+        if row.state == UNKNOWN:
+            age = (datetime.now(UTC) - row.updated).total_seconds()
+            over = min(over, time.monotonic() - max(0.0, age))
+        return over + self._instance.broker.booked_within
 
     def _wait(self) -> bool:
         """Until a look is due; False when the service stops."""
@@ -246,6 +270,8 @@ class Settlement:
         overs = [self._over.get(row.mark or "", now) for row in left]
         moments = [over + delay * times for over in overs for times in (1.0, PATIENCE)]
         telling = min((moment for moment in moments if moment > now), default=None)
+        if telling is None and any(self._misses.get(row.mark or "") == 1 for row in left):
+            return LEAST_PAUSE  # the next one is the last
         if telling is None or telling > now + delay * PATIENCE:
             return self._pause()
         return max(delay, LEAST_PAUSE, telling - now)
@@ -275,8 +301,7 @@ class Settlement:
                 )
                 continue
             with self._lock:
-                broker = self._instance.broker
-                over = self._over.setdefault(mark, self._born + broker.booked_within)
+                over = self._over.setdefault(mark, self._over_before(row))
             if began >= over + delay:
                 self._misses[mark] = self._misses.get(mark, 0) + 1
             proven = self._misses.get(mark, 0) >= LISTINGS and began >= over + delay * PATIENCE

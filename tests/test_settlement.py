@@ -528,6 +528,25 @@ def test_rows_of_an_earlier_life(tmp_path: Path) -> None:
         assert trader.get("instance/state").ok
 
 
+def test_the_time_since_a_crash_counts_over_restarts(tmp_path: Path) -> None:
+    """However soon they follow each other: a lost order does not stay unknown for ever."""
+
+    class BooksLate(ScriptedBroker):
+        booked_within = 3600.0
+
+    path = tmp_path / "journal.sqlite"
+    with closing(Journal(f"sqlite:///{path}")) as journal:
+        journal.begin(INSTANCE, "lost", 1, REQUEST).result(60)
+    with stage(tmp_path, kind=BooksLate) as on:
+        on.ready()
+        wait_for(lambda: len(on.script.calls("recent_orders")) >= 3, "listings without it")
+        unknown(on.trader().state(key="lost"), "lost")
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE orders SET updated = updated - 3700")  # an hour later
+    with stage(tmp_path, kind=BooksLate) as on:
+        until(lambda: on.trader().state(key="lost"), "ORDER_NOT_FOUND")
+
+
 CRASH = """
 import os, sys
 from pathlib import Path
