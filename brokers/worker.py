@@ -253,6 +253,7 @@ class Worker:
 
     def _unavailable(self, now: float) -> BrokerUnavailable:
         why = self.state.last_error or "The connection to the broker is being made"
+        why = why.removesuffix("; nothing was sent")  # as an operation that found it broken said
         return BrokerUnavailable(
             f"{why}; nothing was sent.", retry_after=max(0.5, self._retry_at - now)
         )

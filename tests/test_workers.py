@@ -411,6 +411,17 @@ def test_a_ping_while_pausing_tries_at_once(
         wait_for(lambda: trader.ping()["pong"], "a ping that makes the connection")
 
 
+def test_that_nothing_was_sent_is_said_once(on: Stage) -> None:
+    def cut(**_: Any) -> None:
+        raise BrokerUnavailable("The line was cut; nothing was sent")
+
+    on.script.do.update(cash=cut, connect=cut)
+    assert on.trader().cash().code == "BROKER_UNAVAILABLE"
+    wait_for(lambda: len(on.script.calls("connect")) > 1, "an attempt to connect")
+    said = on.trader().cash()
+    assert said["ex"].count("The line was cut") == said["ex"].count("nothing was sent") == 1
+
+
 def test_an_operation_that_finds_the_line_cut_reconnects(on: Stage) -> None:
     def cut() -> Cash:
         del on.script.do["cash"]
