@@ -6,7 +6,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 BIN := $(abspath $(VENV))/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# pip would compile on one processor, and the SDKs' own tests too, which takes half its time.
+PIP := -m pip --disable-pip-version-check install --quiet --no-compile
+COMPILE := -m compileall -q -j 0 -x '/tests?/'
 CORE := $(VENV)/.core-installed
 CORE_ONLY := $(VENV)/core-requirements.txt
 ALL := $(VENV)/.all-installed
@@ -17,14 +19,14 @@ IB_TESTS := tests/test_tws_simulator.py tests/test_ib_book.py tests/test_trading
 	tests/test_interactive_brokers.py
 # The tests mostly wait for timeouts and servers, so more run at a time than there are CPUs.
 WORKERS ?= 6
-AT_ONCE := -n $(WORKERS) --dist worksteal
+AT_ONCE := --dist worksteal
 MINUTES ?= 5
 ORDERS ?= 10000
 
 # Half a virtual environment (Debian without python3-venv makes one) is no environment.
 .DELETE_ON_ERROR:
 
-.PHONY: help run test check deploy-test torture soak bench clean
+.PHONY: help run test check suite ib-async-suite deploy-test torture soak bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,9 +37,16 @@ run: $(CORE) ## start the service on http://127.0.0.1:8080 (PORT=…, HTTPTRADIN
 # Compiled once and kept, whatever the caller's environment says: each worker and each service that
 # the tests start would compile everything anew.
 test: export PYTHONDONTWRITEBYTECODE =
-test: $(ALL) $(IB_ASYNC)/.installed check ## linters, types and the whole test suite
-	$(BIN)/python -m pytest -q $(AT_ONCE)
-	$(IB_ASYNC)/bin/python -m pytest -q $(AT_ONCE) $(IB_TESTS)
+test: ## linters, types and the whole test suite
+	@$(MAKE) --no-print-directory --jobs 3 check suite ib-async-suite
+
+suite: $(ALL)
+	$(BIN)/python -m pytest -q -n $(WORKERS) $(AT_ONCE)
+
+ib-async-suite: $(IB_ASYNC)/.installed
+	@mkdir -p build
+	$(IB_ASYNC)/bin/python -m pytest -q -n 2 $(AT_ONCE) $(IB_TESTS) > build/ib-async.log 2>&1; \
+		code=$$?; echo "with ib_async:"; cat build/ib-async.log; exit $$code
 
 check: $(ALL) ## ruff and mypy --strict
 	$(BIN)/ruff check .
@@ -73,18 +82,20 @@ $(CORE_ONLY): pyproject.toml | $(BIN)/python
 		print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > $@
 
 $(CORE): $(CORE_ONLY) requirements.txt
-	$(PIP) -c requirements.txt -r $(CORE_ONLY)
+	$(BIN)/python $(PIP) -c requirements.txt -r $(CORE_ONLY)
+	@$(BIN)/python $(COMPILE) $(VENV)/lib
 	@touch $@
 
 $(ALL): requirements.txt requirements-dev.txt | $(BIN)/python
-	$(PIP) -r requirements-dev.txt
+	$(BIN)/python $(PIP) -r requirements-dev.txt
+	@$(BIN)/python $(COMPILE) $(VENV)/lib
 	@touch $@ $(CORE)
 
 # tzdata: ib_async pins another version than the one tested with the rest.
 $(IB_ASYNC)/.installed: $(CORE_ONLY) requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(IB_ASYNC)
 	@grep -hvE '^(-r|tzdata==)' requirements.txt requirements-dev.txt > $(IB_ASYNC)/constraints.txt
-	$(IB_ASYNC)/bin/python -m pip --disable-pip-version-check install --quiet \
-		-c $(IB_ASYNC)/constraints.txt -r $(CORE_ONLY) \
+	$(IB_ASYNC)/bin/python $(PIP) -c $(IB_ASYNC)/constraints.txt -r $(CORE_ONLY) \
 		pytest pytest-xdist hypothesis psutil ib-async==2.1.0
+	@$(IB_ASYNC)/bin/python $(COMPILE) $(IB_ASYNC)/lib
 	@touch $@

@@ -149,7 +149,7 @@ class Trader:
 
     def read(self) -> None:
         with closing(self.client):
-            while not self.stop.wait(self.random.uniform(0.005, 0.1)):
+            while not self.stop.wait(self.random.uniform(0.01, 0.2)):
                 self.ask("GET", self.random.choice(READS))
 
     def trade(self, prices: itertools.count[int]) -> None:
@@ -315,6 +315,7 @@ def run_for(threads: list[threading.Thread], stop: threading.Event, seconds: flo
         thread.join(PATIENCE)
 
 
+@pytest.mark.long
 def test_soak(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     seconds = request.config.getoption("--minutes") * 60
     seed = request.config.getoption("--seed") or random.randrange(2**32)

@@ -284,6 +284,7 @@ def unsettled(journal: Path) -> list[Any]:
         ).fetchall()
 
 
+@pytest.mark.long
 def test_every_order_exactly_once(
     tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
