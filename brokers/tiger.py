@@ -11,7 +11,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, TypeVar
 
@@ -395,9 +394,16 @@ class Tiger(BaseBroker):
         try:
             self._change(lambda: self._trade.cancel_order(self._account, id=number_))
         except Rejected as refused:
-            with suppress(RateLimited, BrokerUnavailable, Busy, TimedOut):
+            try:
                 self.take("high")
                 order = self.order(order_id).order
+            except OrderNotFound:
+                # Tiger has just refused to cancel it, so it need only not be told yet.
+                if mapping.is_unknown_order(refused):
+                    raise
+            except (RateLimited, BrokerUnavailable, Busy, TimedOut):
+                pass
+            else:
                 if order.is_completed:
                     raise Rejected(
                         f"The order is finished ({mapping.what_became(order)})"

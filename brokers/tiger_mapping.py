@@ -387,9 +387,10 @@ def refusal(code: int, said: str) -> HttpTradingError | None:
 
 def is_unknown_order(refused: Rejected) -> bool:
     """`1200 standard account response error(not_found:Order does not exist)`, `BAD_REQUEST:Order
-    does not exist`, `not_found:订单不存在`: said of an order that is looked for, not placed."""
+    does not exist`, `order is not exist`, `not_found:订单不存在`: said of an order that is looked
+    for or cancelled, not placed."""
     said = refused.text.lower()
-    return "order does not exist" in said or "订单不存在" in said
+    return any(one in said for one in ("order does not exist", "order is not exist", "订单不存在"))
 
 
 def is_device_denied(denied: Rejected) -> bool:

@@ -569,6 +569,18 @@ def test_cancelling(trade: Any, account: Any, exchange: Exchange) -> None:
         trade.cancel_order(filled)
 
 
+def test_an_order_that_is_not_told_yet_is_not_unknown_for_it(
+    trade: Any, account: Any, gateway: TigerGateway
+) -> None:
+    """Tiger's lists and queries may lag behind a placement; a cancellation does not."""
+    order_id = place(trade)
+    words = "standard account response error(bad_request:This order has been completed)"
+    gateway.refusals["cancel"] = 1200, words
+    gateway.rewrites["order"] = lambda data: {"items": []}
+    with pytest.raises(Rejected, match="has been completed"):
+        trade.cancel_order(order_id)
+
+
 def test_the_listing_has_every_page(
     trade: Any, account: Any, exchange: Exchange, monkeypatch: pytest.MonkeyPatch
 ) -> None:
