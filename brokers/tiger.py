@@ -126,10 +126,10 @@ class Tiger(BaseBroker):
         "grab": Window(4, 61.0),
     }
     costs = {
-        "place_order": ("high",),
+        "place_order": ("high", "high"),  # reserves a number first
         "cancel_order": ("high",),
         "order": ("high",),
-        "recent_orders": ("high",),
+        "recent_orders": ("high", "high"),  # one page, and what is open from before
         "quote": ("high",),
         "ping": ("medium",),
         "cash": ("medium",),
@@ -342,7 +342,6 @@ class Tiger(BaseBroker):
         outside_rth, session = mapping.TO_SESSION[lifecycle]
         is_us_limit = contract.region == "US" and order_type is OrderType.Limit
         with self._transport().within(self._timeout):
-            self.take("high")
             order = self._reserve(
                 account=self._account,
                 contract=self._sdk_contract(contract),
@@ -435,6 +434,8 @@ class Tiger(BaseBroker):
         found: dict[str, OrderReport] = {}
         token, seen = "", {""}
         for _ in range(MOST_PAGES):
+            if token:
+                self.take("high")
             page, following = self._orders(
                 lambda token=token: self._trade.orders(  # type: ignore[misc]
                     self._account, since, PAGE, token
@@ -447,10 +448,8 @@ class Tiger(BaseBroker):
             if token in seen:
                 break
             seen.add(token)
-            self.take("high")
         else:
             raise TimedOut("Tiger's order list does not end; try again")
-        self.take("high")
         older, _ = self._orders(lambda: self._trade.open_orders(self._account, since, PAGE))
         if len(older) >= PAGE:  # this list has no pages
             raise Rejected(f"There are {PAGE} and more open orders of long ago")

@@ -1843,6 +1843,15 @@ def test_never_more_calls_than_tiger_allows(
         assert exchange.most_in(1000, HIGH) <= 120
 
 
+def test_an_order_takes_both_its_slots_or_none(gateway: TigerGateway, tmp_path: Path) -> None:
+    windows = {**Tiger.windows, "high": Window(11, 1000)}
+    with service(gateway, tmp_path, PRIME, windows=windows) as (trader,):
+        order_id = trader.placed(LIMIT_ORDER)
+        wait_for(lambda: trader.place(LIMIT_ORDER).code == "RATE_LIMITED", "all pairs to be used")
+        assert trader.place(LIMIT_ORDER).code == "RATE_LIMITED"
+        assert trader.state(order_id).ok, "the odd slot is left"
+
+
 def test_an_unreadable_answer_keeps_the_connection(
     gateway: TigerGateway, exchange: Exchange, tmp_path: Path
 ) -> None:
