@@ -39,6 +39,11 @@ LOOK = 0.25
 LEFTOVER = 0.05
 """Seconds that a body which nobody has read may still take to come in, after the answer."""
 
+MOST_LEFTOVER = 1024 * 1024
+"""Bytes of it that are taken in (gunicorn's own bound is 64 KiB). A connection that ends behind an
+answer which kept it alive costs a proxy the next request on it, be it another client's: nginx
+passes on bodies of 128 KiB, has sent them whole, and answers that request with 502."""
+
 LINGER = 0.25
 """Seconds for a client to close after the last answer, so that it surely arrives."""
 
@@ -161,7 +166,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def _keepalive_after(self, conn: Any, keepalive: bool) -> bool:
         """A body that is not there is not waited for; the connection ends instead."""
         conn.expect(LEFTOVER)
-        return bool(keepalive and conn.parser.finish_body(deadline=time.monotonic() + LEFTOVER))
+        deadline = time.monotonic() + LEFTOVER
+        return bool(keepalive and conn.parser.finish_body(deadline, MOST_LEFTOVER))
 
     def _is_crowded(self) -> bool:
         return self._jobs > int(self.cfg.threads)

@@ -254,6 +254,22 @@ def test_bodies_over_the_wire(service: Service) -> None:
     assert service.ask("GET", f"{API}/cash/state")[0] == 200
 
 
+def test_a_large_body_that_is_refused_unread_ends_no_connection(service: Service) -> None:
+    """A proxy sends other clients' requests on it: nginx answered 502 to every tenth of them."""
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)
+    connection.connect()
+    connection.auto_open = 0
+    with contextlib.closing(connection):
+        for token, status in (("x", 404), (TOKEN, 413)):
+            headers = {"HT-TOKEN": token, "Content-Type": "application/json"}
+            connection.request("POST", f"{API}/order/place", b" " * 120_000, headers)
+            response = connection.getresponse()
+            assert (response.status, response.read() != b"") == (status, True)
+            connection.request("GET", f"{API}/cash/state", headers={"HT-TOKEN": TOKEN})
+            response = connection.getresponse()
+            assert (response.status, response.read() != b"") == (200, True)
+
+
 def raw(port: int, text: bytes) -> bytes:
     """What comes back for these bytes, until the service closes."""
     with socket.create_connection(("127.0.0.1", port), 60) as connection:
