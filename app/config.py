@@ -478,6 +478,8 @@ class _Source:
             return [self._expanded(f"{place}[{n}]", item) for n, item in enumerate(value)]
         if not isinstance(value, str):
             return value
+        if "\0" in value:
+            self.problem(place, "has a NUL character")
 
         def variable(match: re.Match[str]) -> str:
             if match[0].startswith("$$"):
@@ -494,12 +496,17 @@ class _Source:
         if not isinstance(value, str):
             self.problem(place, "must be the path of a file")
             return None
+        before = len(self.problems)
         path: Path = self.path.parent / self._expanded(place, value)
+        if len(self.problems) > before:
+            return None
         try:
             content = path.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            self.problem(place, f"{path} cannot be read: {reason}")
+            # As it stands in the file: the variable may hold the secret itself by mistake.
+            named = value if _VARIABLE.search(value) else path
+            self.problem(place, f"{named} cannot be read: {reason}")
             return None
         self._check_mode(path)
         return content.rstrip("\r\n")

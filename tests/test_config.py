@@ -298,6 +298,9 @@ def test_a_readable_file_is_warned_about(config: Config) -> None:
         ('args = { needs = "pk_path" }', "", "instance 1 (kQ4x…), args: pk_path is missing"),
         ('args = { a = "${NOT_SET}" }', "", "args.a: the environment variable NOT_SET is not set"),
         ('args = { app_key_file = "gone" }', "", "args.app_key_file: "),
+        ('args = { pin_file = "${PIN}" }', "", "args.pin_file: ${PIN} cannot be read: No such"),
+        ('args = { pin_file = "${NOT_SET}" }', "", "args.pin_file: the environment variable NOT_"),
+        ('python = "a\\u0000b"', "", "instance 1 (kQ4x…), python: has a NUL character"),
         ('args = { a = 1, a_file = "b" }', "", "args.a_file: a and a_file can't both be there"),
         ('tokens_file = "b"', "", "tokens_file: tokens and tokens_file can't both be there"),
         ("", "port = 70000", "httptrading.toml: port: must be from 1 to 65535"),
@@ -308,9 +311,11 @@ def test_a_readable_file_is_warned_about(config: Config) -> None:
         ("", 'token_header = "a b"', "token_header: String does not match"),
         ("", 'metrics_token = "short"', "metrics_token: Length must be between 16 and 64"),
         ("", 'journal_url_file = "gone"', "journal_url_file: "),
+        ("", 'journal_url_file = "a\\u0000b"', "toml: journal_url_file: has a NUL character"),
     ],
 )
 def test_one_mistake_is_one_sentence(config: Config, more: str, top: str, expected: str) -> None:
+    config.environ["PIN"] = SECRET  # which somebody takes for the name of a file
     (problem,) = config.instance(more, top).problems()
     assert problem.startswith("httptrading.toml: ")
     assert expected in problem
