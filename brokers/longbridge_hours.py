@@ -86,6 +86,8 @@ def session_state(
             if region == "CN" and end == clock(14, 57):
                 end = clock(15)  # LongPort leaves the closing auction out
             end = min(end, HALF_DAY_ENDS.get(region, end)) if half else end
+            if end <= begin:  # the afternoon of a half day, not a night
+                continue
             regular.append((begin, end))
         elif kind == "Post" and half and region == "US":
             begin, end = HALF_DAY_ENDS[region], POST_HOURS_ON_HALF_DAYS
