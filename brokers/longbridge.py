@@ -195,8 +195,16 @@ class LongBridge(BaseBroker):
         self._placed: deque[str] = deque(maxlen=PLACED_KEPT)
 
     def account_key(self) -> str:
-        parts = (self._app_key, str(self._file.path.resolve()), self._urls["http_url"])
-        return f"{self.broker_name}:{hashlib.sha256(repr(parts).encode()).hexdigest()}"
+        return self._key(str(self._file.path.resolve()))
+
+    def window_key(self, window: str) -> str:
+        """Quotes are limited for all accounts of a customer together (open.longportapp.com/docs/qa/
+        general, Q6); a live and a paper account have one app key and two tokens (Q3)."""
+        return self._key() if window == "quote" else self.account_key()
+
+    def _key(self, *parts: str) -> str:
+        whole = (self._app_key, *parts, self._urls["http_url"])
+        return f"{self.broker_name}:{hashlib.sha256(repr(whole).encode()).hexdigest()}"
 
     def check_contract(self, contract: Contract) -> None:
         super().check_contract(contract)

@@ -1239,4 +1239,8 @@ def test_instances_of_one_account_share_their_limits(tmp_path: Path) -> None:
     arguments = {"app_key": "k", "app_secret": "s", "token_file": str(tmp_path / "t.toml")}
     one, other = LongBridge(arguments), LongBridge({**arguments, "auto_refresh_token": True})
     assert one.account_key() == other.account_key()
-    assert one.account_key() != LongBridge({**arguments, "token_file": "/u.toml"}).account_key()
+    paper = LongBridge({**arguments, "token_file": "/u.toml"})  # its token is its account's own
+    assert one.window_key("trade") == other.window_key("trade") != paper.window_key("trade")
+    assert one.window_key("quote") == paper.window_key("quote")
+    another = LongBridge({**arguments, "app_key": "l"})
+    assert one.window_key("quote") != another.window_key("quote")
