@@ -687,7 +687,7 @@ class Instance:
         """Cancels every open order; each order id with None or why it was not cancelled.
 
         Orders whose outcome is not known have no id yet ("") and are among those not cancelled, as
-        are those of others when a used-up limit of the lists leaves only what the journal knows.
+        are those of others when they cannot be listed and only what the journal knows is left.
         """
         self._check_writable()
         answers: list[tuple[str, HttpTradingError | None]] = []
@@ -709,20 +709,25 @@ class Instance:
                 answers.append(("", self._unsettled(row)))
         if unlisted is not None:
             words = f"Only orders known here were cancelled, others may be open: {unlisted.text}"
-            answers.append(("", RateLimited(words)))
+            answers.append(("", HttpTradingError(words)))
         return answers
 
-    def _open_orders(self, deadline: float) -> tuple[list[Order], RateLimited | None]:
+    def _open_orders(self, deadline: float) -> tuple[list[Order], HttpTradingError | None]:
         """The broker's and the journal's, and why only the journal's; a journal that cannot be used
-        holds nothing up, nor does a limit of the broker's lists what is known without them."""
+        holds nothing up, nor does a listing that fails, or takes half of the time, what is known
+        without it."""
         found: dict[str, Order] = {}
-        unlisted: RateLimited | None = None
+        unlisted: HttpTradingError | None = None
         if self.lists_orders:
             seen = time.time()
             reports: list[OrderReport] = []
+            now = time.monotonic()
             try:
-                reports = self.list_recent(deadline)
-            except RateLimited as error:
+                reports = self.list_recent(now + (deadline - now) / 2)
+            except HttpTradingError as error:
+                lists, cancels = map(self._worker_of.get, ("recent_orders", "cancel_order"))
+                if lists is cancels and isinstance(error, (BrokerUnavailable, Busy)):
+                    raise  # a cancellation would be told the same
                 unlisted = error
             found = {report.order.order_id: report.order for report in reports}
             soon = min(deadline, time.monotonic() + WRITE_SECONDS)

@@ -16,14 +16,14 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -876,6 +876,41 @@ def test_cancel_all_ends_by_its_deadline(on: Stage) -> None:
     assert not begun["requested"] and "no clear answer" in begun["ex"], answer
     assert all("nothing was sent" in node["ex"] for node in others), answer
     assert len(on.script.calls("cancel_order")) == 1
+
+
+@pytest.mark.parametrize("error", [TimedOut("Slow."), ZeroDivisionError()])
+def test_cancel_all_without_a_listing_cancels_what_is_known(
+    on: Stage, error: BaseException
+) -> None:
+    trader = on.trader()
+    order_id = trader.placed(LIMIT_ORDER)
+    on.script.do["recent_orders"] = raising(error)
+    done, rest = trader.post("order/cancel-all", {})["orders"]
+    assert (done["orderId"], done["requested"]) == (order_id, True)
+    assert (rest["orderId"], rest["requested"]) == ("", False)
+    assert "others may be open" in rest["ex"]
+
+
+class AccountBroker(ScriptedBroker):
+    """Lists its orders over a connection of their own, as Tiger does."""
+
+    connections: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "trade": tuple(name for name in OPERATIONS if name != "recent_orders"),
+        "account": ("recent_orders",),
+    }
+
+
+def test_cancel_all_leaves_time_for_cancelling(tmp_path: Path) -> None:
+    with stage(tmp_path, kind=AccountBroker, hard_limit=60.0) as on:
+        on.ready()
+        trader = on.trader()
+        order_id = trader.placed(LIMIT_ORDER)
+        with on.script.hold("recent_orders"):
+            answer = in_time(
+                lambda seconds: trader.post("order/cancel-all", {}, timeout=seconds),
+                lambda answer: answer.ok and answer["orders"][0]["requested"],
+            )
+    assert answer["orders"][0]["orderId"] == order_id, answer
 
 
 def test_cancel_all_tells_of_what_it_cannot_reach(tmp_path: Path) -> None:
