@@ -460,11 +460,12 @@ class Journal:
         """
         reports, moment = list(reports), time.time() if seen is None else seen
         rows = self._rows(instance_id, map(_names, reports))
-        news = [
-            report
-            for row, report in zip(rows, reports, strict=True)
-            if _news(instance_id, moment, row, report)
-        ]
+        changed: set[str] = set()
+        for row, report in zip(rows, reports, strict=True):
+            if _news(instance_id, moment, row, report):
+                changed.update(filter(None, _names(report)))
+        # With all that is said of those orders: what is no news now may take back what is.
+        news = [report for report in reports if not changed.isdisjoint(_names(report))]
         if news:
             self._write(
                 lambda connection: self._join(connection, instance_id, news, moment), deadline

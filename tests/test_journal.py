@@ -329,6 +329,15 @@ def test_no_news_is_not_written(journal: Journal, path: Path) -> None:
     assert path.with_name(path.name + "-wal").stat().st_size == size
 
 
+def test_pushes_that_are_recorded_together_end_with_the_last(journal: Journal) -> None:
+    """A cancellation that was asked for and refused within one batch of the recorder."""
+    row_id = begin(journal)
+    settle(journal, row_id, PLACED, "1")
+    asked = report(journal, row_id, is_pending_cancel=True)
+    journal.record(ID, [asked, OrderReport(order())])
+    assert row_of(journal, row_id).order.is_pending_cancel is False
+
+
 def test_a_long_list_is_joined_as_its_parts_are(journal: Journal) -> None:
     """More than one statement takes; marks, ids and both, known and new."""
     marked = [begin(journal, f"k{number}") for number in range(30)]
