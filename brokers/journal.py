@@ -22,7 +22,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -171,6 +170,13 @@ REOPENS_AFTER = 60.0
 """Seconds after an order's end from which on a broker that calls it open is believed: ends are not
 always for good (Futu lets a disabled order be enabled again, trade/modify-order.html)."""
 
+READS_WITHIN, ASKS_AGAIN_AFTER = 1.0, 1.0
+"""Seconds for which a server's answer is waited for, and after which one that gave none is asked
+again: the shortest deadline is 1 s, and a request asks several times."""
+
+READERS = 48
+"""Connections for reading, and threads that wait for a server's answer."""
+
 TOO_SLOW = "The order journal is too slow (is the disk overloaded?); nothing was sent."
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = ((),)
@@ -300,7 +306,11 @@ class Journal:
             raise ValueError("The order journal needs a database that outlives the process.")
         # A server that has been restarted leaves dead connections in the pool.
         ping = not is_sqlite
-        self._reader = sa.create_engine(url, pool_size=8, max_overflow=40, pool_pre_ping=ping)
+        self._reader = sa.create_engine(
+            url, pool_size=8, max_overflow=READERS - 8, pool_pre_ping=ping
+        )
+        self._readers = threading.Semaphore(READERS)
+        self._asks_at = 0.0  # until when a silent server is not asked again, monotonic
         self._writer = sa.create_engine(url, pool_size=1, pool_pre_ping=ping)
         self._commits = GroupCommit(self._writer, self._unwritable)
         self._seen = _Seen(0)
@@ -549,8 +559,8 @@ class Journal:
             seen = _Seen(self._commits.ended)
         missing = [key for key in keys if key not in seen.rows]
         if missing:
-            with self._connected() as connection:
-                rows = self._find(connection, instance_id, [key[1:] for key in missing])
+            names = [key[1:] for key in missing]
+            rows = self._read(lambda connection: self._find(connection, instance_id, names))
             seen.rows.update(zip(missing, rows, strict=True))
         if len(keys) <= MOST_SEEN:
             self._seen = seen
@@ -579,8 +589,12 @@ class Journal:
     ) -> None:
         """Keeps executions; one told again replaces what was told before (a broker corrects it).
         `deadline` as in `record`."""
-        with self._connected() as connection:
-            new = [fill for fill in fills if not self._has_fill(connection, instance_id, fill)]
+        fills = list(fills)
+        new = self._read(
+            lambda connection: [
+                fill for fill in fills if not self._has_fill(connection, instance_id, fill)
+            ]
+        )
         if new:
             self._write(
                 lambda connection: self._insert_fills(connection, instance_id, new), deadline
@@ -678,24 +692,23 @@ class Journal:
 
     def fills(self, instance_id: str, order_id: str) -> list[Fill]:
         """An order's executions, oldest first."""
-        with self._connected() as connection:
-            rows = connection.execute(
-                sa.select(_fills)
-                .where(_fills.c.instance_id == instance_id, _fills.c.order_id == order_id)
-                .order_by(_fills.c.time, _fills.c.fill_id)
-            )
-            return [
-                Fill(row.fill_id, row.order_id, Decimal(row.qty), Decimal(row.price), _time(row))
-                for row in rows
-            ]
+        statement = (
+            sa.select(_fills)
+            .where(_fills.c.instance_id == instance_id, _fills.c.order_id == order_id)
+            .order_by(_fills.c.time, _fills.c.fill_id)
+        )
+        return [
+            Fill(row.fill_id, row.order_id, Decimal(row.qty), Decimal(row.price), _time(row))
+            for row in self._read(lambda connection: connection.execute(statement).all())
+        ]
 
     def _one(self, statement: sa.Select[Any], **values: Any) -> JournalOrder | None:
         rows = self._many(statement, **values)
         return rows[0] if rows else None
 
     def _many(self, statement: sa.Select[Any], **values: Any) -> list[JournalOrder]:
-        with self._connected() as connection:
-            return [_as_read(row) for row in connection.execute(statement, values)]
+        rows = self._read(lambda connection: connection.execute(statement, values).all())
+        return [_as_read(row) for row in rows]
 
     # --- the database -------------------------------------------------------------------------
     def _write(self, body: Callable[[sa.Connection], None], deadline: float | None) -> None:
@@ -739,14 +752,42 @@ class Journal:
             f"The order journal cannot be written ({why}); nothing was sent.", retry_after=5
         )
 
-    @contextmanager
-    def _connected(self) -> Iterator[sa.Connection]:
+    def _read(self, body: Callable[[sa.Connection], _Result]) -> _Result:
+        """Runs queries; Busy when the database cannot be read.
+
+        A server that is frozen, or behind a broken line, answers nothing for as long as it likes,
+        so it is asked by a thread of its own, and nobody waits for it longer.
+        """
         self._open()
+        if self._is_sqlite:
+            return self._query(body)
+        if time.monotonic() < self._asks_at or not self._readers.acquire(timeout=READS_WITHIN):
+            raise _silent()
+        answer: Future[_Result] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(self._query(body))
+            except BaseException as error:
+                answer.set_exception(error)
+            finally:
+                self._readers.release()
+
+        threading.Thread(target=ask, name="httptrading-journal-read", daemon=True).start()
+        try:
+            return answer.result(READS_WITHIN)
+        except TimeoutError:
+            self._asks_at = time.monotonic() + ASKS_AGAIN_AFTER
+            log.error("the journal's server does not answer")
+            raise _silent() from None
+
+    def _query(self, body: Callable[[sa.Connection], _Result]) -> _Result:
         try:
             with self._reader.connect() as connection:
-                yield connection
+                result = body(connection)
                 if self._closed:  # meanwhile: the pool it would go back to is no more
                     connection.invalidate()
+                return result
         except SQLAlchemyError as error:
             log.error("the journal cannot be read (%s)", _cause(error))
             raise Busy(
@@ -840,6 +881,13 @@ class Journal:
                 connection.execute(sa.delete(_about).where(_about.c.name == name))
                 connection.execute(sa.insert(_about).values(name=name, value=value))
         return values["gateway_id"]
+
+
+def _silent() -> Busy:
+    return Busy(
+        "The order journal's server does not answer, so this request has sent nothing.",
+        retry_after=2,
+    )
 
 
 def _is_read_only(error: SQLAlchemyError) -> bool:

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.schema import CreateIndex, CreateTable
 
+from acceptance.kit import wait_for
 from httptrading.brokers import group_commit
 from httptrading.brokers import journal as journal_module
 from httptrading.brokers.group_commit import GroupCommit
@@ -801,6 +802,39 @@ def test_a_locked_journal_is_said_to_be_busy(journal: Journal, path: Path) -> No
         assert len(journal.unsettled(ID)) == 1  # reads go on
     assert caught.value.retryable and caught.value.retry_after
     begin(journal)
+
+
+def test_a_server_that_is_silent_holds_nobody_up(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is frozen, or behind a broken line, never answers, and does not refuse either."""
+    row_id = begin(journal)
+    journal._is_sqlite = False
+    assert row_of(journal, row_id).client_order_id == "a"
+    gate, asked = threading.Event(), threading.Semaphore(0)
+
+    def hang(*_: Any) -> None:
+        asked.release()
+        gate.wait(300)
+
+    sa.event.listen(journal._reader, "before_cursor_execute", hang)
+    monkeypatch.setattr(journal_module, "READS_WITHIN", 0.05)
+    monkeypatch.setattr(journal_module, "ASKS_AGAIN_AFTER", 0.5)
+    with pytest.raises(Busy, match="does not answer"):
+        journal.by_client_order_id(ID, "a")
+    assert asked.acquire(timeout=60)
+    with pytest.raises(Busy, match="does not answer"):
+        journal.orders(ID, open_=True, since=None, limit=1)
+    assert not asked.acquire(blocking=False), "it is not asked again at once"
+    gate.set()
+    wait_for(lambda: readable(journal, row_id), "the server to be asked again")
+
+
+def readable(journal: Journal, row_id: int) -> bool:
+    try:
+        return journal.by_row_id(row_id) is not None
+    except Busy:
+        return False
 
 
 def test_a_journal_that_cannot_be_made_is_tried_again(tmp_path: Path) -> None:
