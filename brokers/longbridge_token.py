@@ -267,7 +267,8 @@ class Renewal:
         self.token: Token | None = None
         self._path = path
         self._app_key = app_key
-        self._lock_path = path.resolve().with_name(f".{path.name}.lock")
+        target = path.resolve()  # one lock, whichever link leads to the file
+        self._lock_path = target.with_name(f".{target.name}.lock")
         self._lock: int | None = None
         self._locked = False
 

@@ -243,8 +243,10 @@ class TestRenewal:
         path = write(tmp_path / "token.toml", expiry=soon(3600))
         with Renewal(path, "key") as first:
             assert first.token is not None
-            with Renewal(path, "key") as second:
-                assert second.token is None and not second.is_held
+            (link := tmp_path / "link.toml").symlink_to(path)
+            for same in (path, link):
+                with Renewal(same, "key") as second:
+                    assert second.token is None and not second.is_held
         with Renewal(path, "key") as third:
             assert third.token is not None
 
