@@ -54,6 +54,7 @@ LISTING_DAYS = 30
 PAGE = 300  # orders in one answer at most
 MOST_PAGES = 40
 RESERVE_SHARE = 0.4  # of the timeout; the rest is for placing under the reserved number
+EXPLAINED_WITHIN = 1.5  # seconds for why a cancellation was refused; the next ones wait for it
 MOST_NUMBERS = 20_000  # order numbers remembered
 NOT_SIGNED_AGAIN = 20.0  # seconds in which a key that Tiger did not accept is not tried again
 NOT_GRABBED_AGAIN = 300.0  # seconds in which a market that a grab did not open is left alone
@@ -395,7 +396,8 @@ class Tiger(BaseBroker):
         except Rejected as refused:
             try:
                 self.take("high")
-                order = self.order(order_id).order
+                with self._transport().within(EXPLAINED_WITHIN):
+                    order = self.order(order_id).order
             except OrderNotFound:
                 # Tiger has just refused to cancel it, so it need only not be told yet.
                 if mapping.is_unknown_order(refused):

@@ -581,6 +581,20 @@ def test_an_order_that_is_not_told_yet_is_not_unknown_for_it(
         trade.cancel_order(order_id)
 
 
+def test_why_it_cannot_be_cancelled_is_not_waited_for_long(
+    trade: Any, exchange: Exchange, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other cancellations wait meanwhile, and the answer is known: it was refused."""
+    monkeypatch.setattr(tiger, "EXPLAINED_WITHIN", 0.1, raising=False)
+    order_id = place(trade)
+    exchange.fill(order_id, 12, "200")
+    exchange.fault("order", FaultKind.HANG)
+    began = time.monotonic()
+    with pytest.raises(Rejected, match="order cannot be cancelled"):
+        trade.cancel_order(order_id)
+    assert time.monotonic() < began + 15, "0.1 s on an idle machine; Tiger has 30 s"
+
+
 def test_the_listing_has_every_page(
     trade: Any, account: Any, exchange: Exchange, monkeypatch: pytest.MonkeyPatch
 ) -> None:
