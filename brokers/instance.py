@@ -772,7 +772,7 @@ class Instance:
                 return row.order  # final is final
         seen = time.time()
         try:
-            found = self._read("order", deadline, fresh=fresh, order_id=order_id)
+            found = self._at_the_broker(order_id, deadline, fresh=fresh)
         except (OrderNotFound, Unsupported):
             if row is None:
                 raise
@@ -786,6 +786,24 @@ class Instance:
             self._joined.clear()
         self._joined[order.order_id] = (found, order, writes)
         return order
+
+    def _at_the_broker(
+        self, order_id: str | None, deadline: float, *, fresh: bool
+    ) -> Order | OrderReport:
+        """The broker's answer, from its list where it cannot be asked for a single order."""
+        try:
+            found: Order | OrderReport = self._read(
+                "order", deadline, fresh=fresh, order_id=order_id
+            )
+            return found
+        except Unsupported:
+            if not self.lists_orders:
+                raise
+        reports: list[OrderReport] = self._read("recent_orders", deadline, fresh=fresh)
+        for report in reports:
+            if report.order.order_id == order_id:
+                return report
+        raise OrderNotFound(f"The broker's list has no order {order_id}.")
 
     def _joined_order(self, report: OrderReport) -> Order:
         """What the report and the journal say together."""

@@ -780,6 +780,24 @@ def test_orders_of_others_are_listed_too(on: Stage) -> None:
     assert nodes["by-hand"]["clientOrderId"] is None and nodes[mine]["clientOrderId"] == "mine"
 
 
+class ListingBroker(ScriptedBroker):
+    """Has a list, and no question for a single order."""
+
+    order = BaseBroker.order  # type: ignore[assignment]
+
+
+def test_an_order_that_can_only_be_looked_for_in_the_list(tmp_path: Path) -> None:
+    with stage(tmp_path, kind=ListingBroker) as on:
+        on.ready()
+        trader = on.trader()
+        order_id = trader.placed(LIMIT_ORDER, key="k")
+        on.script.orders[0] = replace(
+            on.script.orders[0], order=Order(order_id, "USD", 12, 12, 200, "")
+        )
+        assert trader.order(key="k")["filledQty"] == 12
+        assert trader.state("by-hand").code == "ORDER_NOT_FOUND"
+
+
 # --- stop switches ------------------------------------------------------------------------------
 def test_cancel_all(on: Stage) -> None:
     trader = on.trader()
