@@ -11,6 +11,7 @@ from flask import Response
 
 from httptrading.app.config import masked
 from httptrading.brokers.gateway import Gateway
+from httptrading.errors import HttpTradingError
 
 
 class Metrics:
@@ -79,8 +80,7 @@ class Metrics:
         )
         for instance in self._gateway.instances().values():
             name = _label(instance.id)
-            state = instance.state()
-            for connection in state.connections:
+            for connection in instance.connections():
                 at = (name, connection.name)
                 connected.add_metric(at, float(connection.state.connected))
                 queued.add_metric(at, connection.queued)
@@ -88,8 +88,12 @@ class Metrics:
                 replaced.add_metric(at, connection.state.replacements)
                 if connection.child_memory is not None:
                     memory.add_metric(at, connection.child_memory)
-            for window, slots in state.windows.items():
+            for window, slots in instance.windows.state().items():
                 left.add_metric((name, window), slots.left)
+            try:
+                state = instance.state()
+            except HttpTradingError:  # the journal cannot be read: rather no figure than a 0
+                continue
             unknown.add_metric((name,), state.unsettled)
             age.add_metric((name,), state.unsettled_seconds)
         yield from (connected, queued, reconnects, replaced, memory, left, unknown, age)

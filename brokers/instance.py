@@ -251,10 +251,7 @@ class Instance:
         regions = self.broker.quote_regions
         writes = () if self.settings.read_only else ("place_order", "cancel_order")
         return InstanceState(
-            connections=tuple(
-                ConnectionState(name, worker.state, worker.queued(), worker.child_memory())
-                for name, worker in self.workers.items()
-            ),
+            connections=self.connections(),
             windows=self.windows.state(),
             operations=tuple(
                 operation for operation in (*READS, *writes) if offers(broker_class, operation)
@@ -263,6 +260,12 @@ class Instance:
             quote_regions=None if regions is None else tuple(sorted(regions)),
             unsettled=len(unsettled),
             oldest_unsettled=unsettled[0].created if unsettled else None,
+        )
+
+    def connections(self) -> tuple[ConnectionState, ...]:
+        return tuple(
+            ConnectionState(name, worker.state, worker.queued(), worker.child_memory())
+            for name, worker in self.workers.items()
         )
 
     # --- reads --------------------------------------------------------------------------------

@@ -101,6 +101,18 @@ def test_metrics_count_requests_and_show_the_gateway(app: Flask) -> None:
     assert found["httptrading_oldest_unsettled_seconds", at] == 0
 
 
+def test_metrics_are_told_without_the_journal(app: Flask, tmp_path: Path) -> None:
+    """That is when they are looked at; orders that nobody can count are no 0 then."""
+    (tmp_path / "journal.sqlite").write_bytes(b"no database " * 1000)
+    path = f"/httptrading/api/{INSTANCE}"
+    assert app.test_client().get(f"{path}/cash/state", headers=HEADERS).status_code == 200
+    assert app.test_client().get(f"{path}/instance/state", headers=HEADERS).status_code == 503
+    names = [name for name, _ in samples(app)]
+    assert names.count("httptrading_connected") == 2
+    assert names.count("httptrading_window_slots_left") == 1
+    assert not [name for name in names if "unsettled" in name]
+
+
 def test_metrics_need_their_own_token(app: Flask) -> None:
     client = app.test_client()
     for headers in ({}, HEADERS, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}):
