@@ -116,10 +116,16 @@ def test_an_error_that_is_none_leaves_the_order_working(code: int) -> None:
     book.order_status(3, "Submitted", 4, 12.25, PERM_ID, 7)
     order = booked.order()
     assert (order.filled_qty, order.avg_price, order.is_completed) == (4, Decimal("12.25"), False)
+    book = OrderBook(7)
+    booked = book.open_order(wire_contract(), wire_order(), state("PendingSubmit"))
+    book.error(3, code, "alarming words")  # nor does it make a refusal of the cancel that follows
+    assert not booked.is_doubtful
+    order = book.order_status(3, "Cancelled", 0, 0, PERM_ID, 7).order()
+    assert (order.is_canceled, order.error_reason) == (True, "")
 
 
 def test_201_is_the_end_of_what_does_not_work() -> None:
-    for words in (["Inactive"], ["Inactive", "Cancelled"], ["PendingSubmit"], []):
+    for words in (["Inactive"], ["Inactive", "Cancelled"], ["PendingCancel"], []):
         book = OrderBook(7)
         booked = book.open_order(wire_contract(), wire_order(), state("PendingSubmit"))
         for status in words:
@@ -164,9 +170,14 @@ def test_an_unknown_error_counts_only_with_a_dead_status() -> None:
     book = OrderBook(7)
     booked = book.open_order(wire_contract(), wire_order(), state("PendingSubmit"))
     book.error(3, 10311, "This order will be directly routed")
-    assert not booked.order().is_completed
+    assert booked.is_doubtful and not booked.order().is_completed
     book.order_status(3, "Cancelled", 0, 0, PERM_ID, 7)
     assert booked.order().error_reason == "This order will be directly routed"
+    assert not booked.is_doubtful
+    book, booked = working()  # of one that works it is a remark
+    book.error(3, 10311, "This order will be directly routed")
+    book.order_status(3, "Cancelled", 0, 0, PERM_ID, 7)
+    assert (booked.order().is_canceled, booked.order().error_reason) == (True, "")
 
 
 @pytest.mark.parametrize("code", [10311, 110, 201])
@@ -220,7 +231,8 @@ def test_executions_may_come_before_their_order_and_be_corrected() -> None:
     early, _ = book.execution(wire_contract(), execution(1, 6, 12.3))
     booked = book.open_order(wire_contract(), wire_order(), state("Submitted"))
     book.execution(wire_contract(), execution(1, 6, 12.2, revision="02"))
-    book.execution(wire_contract(), execution(1, 6, 12.3))  # the superseded one again
+    _, again = book.execution(wire_contract(), execution(1, 6, 12.3))  # the superseded one
+    assert again is None
     order = booked.order()
     assert early is booked
     assert (order.qty, order.filled_qty, order.avg_price) == (10, 6, Decimal("12.2"))
@@ -257,6 +269,20 @@ def test_a_part_of_an_order_for_an_amount_of_money() -> None:
         state("Cancelled", "Cancelled by Trader"),
     )
     assert (cancelled.order().is_canceled, cancelled.order().is_filled) == (True, False)
+
+
+def test_a_number_given_anew_is_another_order() -> None:
+    """What was said under it before is not about the order sent now."""
+    book, earlier = working()
+    later = book.open_order(wire_contract(), wire_order(permId=5), state("Submitted"))
+    assert later is not earlier and book.own(3) is later
+    book.sending(3, "another mark")
+    assert book.own(3) is None
+    assert book.error(3, 201, "of the earlier order") is None
+    book.sending(3, "a third mark")
+    anew = book.open_order(wire_contract(), wire_order(permId=6), state("Inactive"))
+    assert anew is not later and anew.error_reason == ""
+    assert (earlier.perm_id, later.perm_id) == (PERM_ID, 5)
 
 
 def test_an_execution_of_an_order_with_the_same_api_id() -> None:
@@ -303,6 +329,15 @@ def test_a_rejection_listed_as_completed() -> None:
     assert booked.order().error_reason == "Order rejected - reason:no margin"
 
 
+@pytest.mark.parametrize(
+    ("words", "reason"), [("Expired by TWS", "Expired by TWS"), ("", "Inactive")]
+)
+def test_an_inactive_order_that_is_completed_is_over(words: str, reason: str) -> None:
+    told = OrderBook(7).completed_order(wire_contract(), wire_order(), state("Inactive", words))
+    order = told.order()
+    assert (order.error_reason, order.qty, order.is_completed) == (reason, 10, True)
+
+
 def test_the_perm_id_joins_what_was_said_before_it() -> None:
     book = OrderBook(7)
     assert book.own(3) is None
@@ -310,6 +345,16 @@ def test_the_perm_id_joins_what_was_said_before_it() -> None:
     assert book.own(3) is early and not early.perm_id
     booked = book.open_order(wire_contract(), wire_order(), state("Submitted"))
     assert book.own(3) is early is booked is book.get(PERM_ID)
+    assert book.order_status(3, "Submitted", 4, 12.25, 0, 7) is booked  # and once more without
+
+
+def test_orders_made_by_hand_have_numbers_at_client_0_alone() -> None:
+    book = OrderBook(0)
+    by_hand = book.order_status(-2, "Submitted", 0, 0, PERM_ID, 0)
+    assert book.own(-2) is by_hand
+    book = OrderBook(7)
+    one, two = (book.order_status(0, "Submitted", 0, 0, perm_id, 7) for perm_id in (1, 2))
+    assert one is not two and book.own(0) is None
 
 
 def test_a_report_says_what_was_asked_for() -> None:

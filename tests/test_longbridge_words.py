@@ -30,7 +30,7 @@ from httptrading.brokers.longbridge_rest import (
     encode_query,
     read_envelope,
 )
-from httptrading.errors import BrokerUnavailable, Unsupported
+from httptrading.errors import BrokerUnavailable, RateLimited, Unsupported
 from httptrading.model import (
     Contract,
     Lifecycle,
@@ -412,6 +412,40 @@ def test_what_is_wrong_with_a_token_is_said(code: int) -> None:
     for status in (401, 0):
         found = words.refusal(Refused(status, code, "its words"), Path("token.toml"))
         assert isinstance(found, BrokerUnavailable) and "no longer accepts the token" in found.text
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        (429, 0, RateLimited),  # as a proxy before LongPort says it
+        (200, 429001, RateLimited),
+        (0, 301606, RateLimited),
+        (401, 0, BrokerUnavailable),
+        (403, 403205, BrokerUnavailable),
+        (403, 403202, NoAnswer),  # a duplicate of what may have been done
+        (0, 301602, NoAnswer),
+        (500, 602001, NoAnswer),
+        (200, 500000, NoAnswer),
+        (200, 501000, words.CodedRejection),
+        (400, 430000, words.CodedRejection),
+        (400, 602001, words.CodedRejection),
+        (400, 602035, words.CodedRejection),
+    ],
+)
+def test_what_refusals_mean(status: int, code: int, kind: type[Exception]) -> None:
+    """An order that LongPort may have taken never counts as refused, nor one refused as unsent."""
+    found = words.refusal(Refused(status, code, "its words"), Path("token.toml"))
+    assert type(found) is kind
+    if isinstance(found, words.CodedRejection):
+        assert (found.text, found.longport_code) == (f"its words (LongBridge code {code})", code)
+
+
+def test_where_a_history_goes_on() -> None:
+    assert words.beyond(["9", "7", "5"]) == {"end_at": "6"}
+    assert words.beyond(["5", None, "9"]) == {"start_at": "9"}
+    assert words.beyond(["5"]) == {"end_at": "6"}
+    with pytest.raises(ValueError):
+        words.beyond([None, "soon"])
 
 
 def test_envelopes() -> None:
