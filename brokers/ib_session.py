@@ -138,7 +138,8 @@ class TwsSession:
         try:
             async with asyncio.timeout_at(deadline):
                 await self._shake_hands()
-            await self._synchronise(deadline)
+            with self._listing() as listed:
+                await self._synchronise(deadline)
         except TimeoutError:
             raise BrokerUnavailable(
                 f"TWS at {self._host}:{self._port} does not answer: is it logged in, is the API "
@@ -155,6 +156,10 @@ class TwsSession:
             raise BrokerUnavailable(f"TWS does not let the gateway in: {refused.text}") from None
         self._is_live = True
         self._start(self._beat())
+        if self._late:  # whoever lists orders now is refused, and would not learn of these
+            for booked in listed:
+                if booked.perm_id and self.shows(booked):
+                    self._ears.on_order(booked)
 
     def _new_client(self) -> Any:
         """A fresh SDK object whose messages pass our ears first.

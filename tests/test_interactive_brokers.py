@@ -1103,6 +1103,20 @@ def test_a_tws_that_never_ends_a_list_of_what_is_over(
         until(lambda: trader.state("1"), "ORDER_NOT_FOUND")
 
 
+def test_open_orders_are_found_without_the_lists_of_what_is_over(
+    tws: Tws, exchange: Exchange, tmp_path: Path
+) -> None:
+    """TWS has told of them when it was connected to."""
+    tws.unanswered.add("reqCompletedOrders")
+    with desk(tws, tmp_path, timeout=0.5) as subject:
+        trader = connected(subject)
+        exchange.fault("place", FaultKind.ACCEPT_THEN_CUT)
+        assert trader.place(limit(), key="cut").code == "OUTCOME_UNKNOWN"
+        found = until(lambda: trader.state(key="cut"))["order"]
+        (order,) = exchange.orders.values()
+        assert (found["orderId"], found["isCompleted"]) == (order.order_id, False)
+
+
 def test_the_request_that_was_not_answered_is_named(tws: Tws, tmp_path: Path) -> None:
     tws.unanswered.add("reqAllOpenOrders")
     with desk(tws, tmp_path, timeout=1) as subject:
