@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from httptrading.brokers.sockets import acknowledge_at_once
+from httptrading.brokers.sockets import acknowledge_at_once, drop_unsent_at_end
 
 CONNECT_SECONDS = 5.0
 IDLE_SECONDS = 30.0
@@ -112,7 +112,9 @@ class LongPortRest:
                     return self._streams
                 self.close()
             async with asyncio.timeout(CONNECT_SECONDS):
-                self._streams = await open_streams(self._url.scheme, *address(self._url.netloc))
+                streams = await open_streams(self._url.scheme, *address(self._url.netloc))
+                drop_unsent_at_end(streams[1].get_extra_info("socket"))
+                self._streams = streams
         except asyncio.CancelledError:
             raise NotSent("no connection by the deadline") from None  # not "perhaps sent"
         except (OSError, EOFError, ValueError, TimeoutError) as error:

@@ -342,6 +342,35 @@ def test_cancelled_requests_leave_nothing_behind(server: LongPort) -> None:
     run(work)
 
 
+def test_a_request_that_was_given_up_does_not_arrive_later() -> None:
+    """As it would after an outage: here it waits for room at the server."""
+
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+        with socket.socket() as listening:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the least there is
+            listening.setblocking(False)
+            listening.bind(("127.0.0.1", 0))
+            listening.listen()
+            rest = client(f"http://127.0.0.1:{listening.getsockname()[1]}")
+            order = {"remark": "x" * 8000}
+            asking = asyncio.create_task(rest.request("POST", "/v1/trade/order", None, order))
+            connection, _ = await loop.sock_accept(listening)
+            with connection:
+                came = len(await loop.sock_recv(connection, 1))
+                while rest._streams is None or rest._streams[1].transport.get_write_buffer_size():
+                    await asyncio.sleep(0)
+                asking.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await asking
+                with contextlib.suppress(ConnectionResetError):
+                    while part := await loop.sock_recv(connection, 65536):
+                        came += len(part)
+        assert came < 8000
+
+    run(work)
+
+
 def test_not_sent() -> None:
     async def work() -> None:
         with socket.socket() as nobody:
