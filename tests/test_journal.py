@@ -427,6 +427,17 @@ def test_what_cannot_be_written_can_still_be_joined(journal: Journal) -> None:
     assert row_of(journal, row_id).order.filled_qty == 0
 
 
+def test_what_a_push_did_not_tell_is_learned_from_a_list(journal: Journal) -> None:
+    """Tiger's pushes tell no session: ETH or OVERNIGHT is known from its lists."""
+    push = OrderReport(order("2"), contract=AAPL, direction="SELL")
+    listed = replace(push, lifecycle=Lifecycle.ETH, direction=None)
+    for told in (push, listed, push):
+        journal.record(ID, [told])
+    foreign = journal.by_order_id(ID, "2")
+    assert foreign is not None
+    assert (foreign.lifecycle, foreign.direction) == (Lifecycle.ETH, "SELL")
+
+
 # --- never backwards ----------------------------------------------------------------------------
 @st.composite
 def lives(draw: st.DrawFn) -> list[Order]:
