@@ -37,6 +37,7 @@ from httptrading.brokers.journal import (
     JournalOrder,
     OrderRequest,
     Outcome,
+    exact,
 )
 from httptrading.brokers.limits import WindowState, shared_windows
 from httptrading.brokers.local import LocalBroker
@@ -634,7 +635,7 @@ class Instance:
         price = request.price
         if price is None:
             try:
-                price = _decimal(self.quote(request.contract, deadline).latest)
+                price = exact(self.quote(request.contract, deadline).latest)
             except HttpTradingError as error:
                 if error.retryable:
                     raise
@@ -866,7 +867,7 @@ class Instance:
         """An order's executions, oldest first: the broker's joined to the journal's."""
         row = self._row(order_id, None)
         known = self._known_fills(order_id)
-        filled = sum((_decimal(fill.qty) for fill in known), Decimal(0))
+        filled = sum((exact(fill.qty) for fill in known), Decimal(0))
         if row is not None and not row.is_open and filled == row.order.filled_qty:
             return known
         try:
@@ -971,10 +972,6 @@ def offers(broker_class: type, operation: str) -> bool:
     method = getattr(broker_class, operation, None)
     inherited = method is getattr(BaseBroker, operation)
     return method is not None and (operation == "ping" or not inherited)
-
-
-def _decimal(number: Any) -> Decimal:
-    return number if isinstance(number, Decimal) else Decimal(repr(number))
 
 
 def _final_word(order: Order) -> str:

@@ -1035,14 +1035,19 @@ def _asked(report: OrderReport) -> dict[str, Any]:
     }
 
 
+def exact(number: Number) -> Decimal:
+    """Of a float, what its shortest text says."""
+    if isinstance(number, Decimal):
+        return number
+    # float() and int() first: a subclass (numpy's) has a repr of its own.
+    return Decimal(repr(float(number) if isinstance(number, float) else int(number)))
+
+
 def _text(number: Number | None) -> str | None:
     """A number's plain decimal digits, without trailing zeros: equal numbers, equal text."""
     if number is None:
         return None
-    # float() and int() first: a subclass (numpy's) has a repr of its own.
-    if not isinstance(number, Decimal):
-        number = Decimal(repr(float(number) if isinstance(number, float) else int(number)))
-    text = format(number, "f")
+    text = format(exact(number), "f")
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 

@@ -56,6 +56,7 @@ from httptrading.model import (
     Order,
     OrderReport,
     OrderType,
+    Quote,
     TimeInForce,
     TradeType,
 )
@@ -985,6 +986,26 @@ def test_max_order_value(tmp_path: Path) -> None:
         on.script.do["quote"] = raising(TimedOut("Slow."))
         later = trader.place({**market, "qty": 1, "ticker": "QQQ"})
         assert (later.code, later.error["outcome"]) == ("TIMEOUT", "none"), "may work next time"
+
+
+def test_max_order_value_and_an_sdks_own_numbers(tmp_path: Path) -> None:
+    class Float64(float):
+        """As numpy's: it has a text of its own."""
+
+        def __repr__(self) -> str:
+            return f"np.float64({super().__repr__()})"
+
+    def quote(**arguments: Any) -> Quote:
+        usual: Quote = on.script.usual("quote", arguments)
+        return replace(usual, latest=Float64(11.53))
+
+    with stage(tmp_path, max_order_value={"USD": Decimal(1000)}) as on:
+        on.ready()
+        on.script.do["quote"] = quote
+        market = {**LIMIT_ORDER, "orderType": "Market", "qty": 86}
+        del market["price"]
+        answer = on.trader().place(market)
+        assert answer.ok, answer
 
 
 # --- a disk that takes nothing more -------------------------------------------------------------
