@@ -950,7 +950,13 @@ def _news(
     instance_id: str, moment: float, row: sa.Row[Any] | None, report: OrderReport
 ) -> dict[str, Any]:
     """What a report changes in its row, or the whole of a new one; nothing: no news."""
-    order = report.order
+    # A float is not what is read back: 0.3 is less than Decimal("0.3").
+    order = replace(
+        report.order,
+        qty=exact(report.order.qty),
+        filled_qty=exact(report.order.filled_qty),
+        avg_price=exact(report.order.avg_price),
+    )
     now = time.time()
     if row is None and not order.order_id:
         return {}

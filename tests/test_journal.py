@@ -892,3 +892,11 @@ def test_a_secret_in_the_url_is_not_told(tmp_path: Path, caplog: pytest.LogCaptu
         with pytest.raises(Busy) as caught:
             begin(journal)
     assert "hunter2" not in caplog.text + str(caught.value)
+
+
+def test_a_part_of_a_share_told_as_a_float_is_no_older_than_itself(journal: Journal) -> None:
+    """0.3 as a float is less than Decimal("0.3"), as which it is recorded."""
+    journal.record(ID, [OrderReport(Order("1", "USD", 1, 0.3, 200.5))])
+    journal.record(ID, [OrderReport(Order("1", "USD", 2, 0.3, 200.5))])
+    [row] = journal.orders(ID, open_=True, since=None, limit=1)
+    assert (row.order.qty, row.order.filled_qty) == (2, Decimal("0.3"))
