@@ -1115,6 +1115,10 @@ def test_open_orders_are_found_without_the_lists_of_what_is_over(
         found = until(lambda: trader.state(key="cut"))["order"]
         (order,) = exchange.orders.values()
         assert (found["orderId"], found["isCompleted"]) == (order.order_id, False)
+        node, rest = trader.post("order/cancel-all", {})["orders"]
+        assert (node["orderId"], node["requested"]) == (found["orderId"], True)
+        assert rest["requested"] is False and "completedOrders" in rest["ex"]
+    assert order.status is OrderStatus.CANCELED
 
 
 def test_the_request_that_was_not_answered_is_named(tws: Tws, tmp_path: Path) -> None:
