@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from httptrading.brokers.sockets import acknowledge_at_once
+from httptrading.brokers.sockets import acknowledge_at_once, drop_unsent_at_end
 from httptrading.errors import BrokerUnavailable, Busy, HttpTradingError, RateLimited
 
 log = logging.getLogger("httptrading.tiger")
@@ -187,6 +187,7 @@ class Transport:
         self._connection = connection
         try:
             connection.connect()
+            drop_unsent_at_end(connection.sock)
         except ssl.SSLCertVerificationError:
             self.close()
             raise BrokerUnavailable("The certificate of Tiger's gateway is not trusted") from None

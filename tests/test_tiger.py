@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -1227,6 +1227,34 @@ def test_what_is_believed_unsigned(gateway: TigerGateway, text: bytes, said: str
     except tiger_http.Unbelieved as error:
         found = error.text
     assert said in found and bool(said) == bool(found)
+
+
+def test_a_request_that_was_given_up_does_not_arrive_later() -> None:
+    """As it would after an outage: here it waits for room at the server."""
+    with socket.socket() as listening, ThreadPoolExecutor(1) as pool:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the least there is
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        transport = tiger_http.Transport(f"http://127.0.0.1:{listening.getsockname()[1]}", "")
+
+        def ask() -> None:
+            with transport.within(60):
+                transport(None, "", None, {}, {"timestamp": "now", "remark": "x" * 8000})
+
+        asking = pool.submit(ask)
+        connection, _ = listening.accept()
+        with connection:
+            head = b""
+            while not head.endswith(b"\r\n\r\n{"):  # the body was sent at once
+                head += connection.recv(1)
+            transport.abort()
+            with pytest.raises(tiger_http.NoAnswer):
+                asking.result()
+            came = 0
+            with suppress(ConnectionResetError):
+                while part := connection.recv(65536):
+                    came += len(part)
+    assert came < 8000
 
 
 def test_tigers_own_failure_leaves_open_what_was_done(
