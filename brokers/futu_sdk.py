@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from httptrading.brokers.sockets import acknowledge_at_once
+from httptrading.brokers.sockets import acknowledge_at_once, drop_unsent_at_end
 from httptrading.errors import BrokerUnavailable
 
 PROBE_SECONDS = 3.0
@@ -239,6 +239,8 @@ def open_context(
             "OpenD accepts connections but does not answer: it may be starting, or encryption is "
             "set up there and not here (pk_path), or the other way round"
         )
+    with suppress(AttributeError, OSError):  # a version without it, or closed meanwhile
+        drop_unsent_at_end(context._net_mgr._get_conn(context._conn_id).sock)
     context.set_sync_query_connect_timeout(0.2)
     context._keep_alive_interval = min(context._keep_alive_interval, KEEP_ALIVE_SECONDS)
     context._conn_alive_timeout = SILENT_SECONDS

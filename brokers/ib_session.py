@@ -30,7 +30,7 @@ from httptrading.brokers.ib_answers import (
     refusal,
 )
 from httptrading.brokers.ib_book import BookedOrder, OrderBook, is_refusal
-from httptrading.brokers.sockets import acknowledge_at_once
+from httptrading.brokers.sockets import Options, acknowledge_at_once, drop_unsent_at_end
 from httptrading.errors import BrokerUnavailable, HttpTradingError, Rejected, TimedOut
 from httptrading.model import Fill, Order
 
@@ -226,6 +226,7 @@ class TwsSession:
             connecting.cancel()
             with suppress(asyncio.CancelledError, Exception):
                 await connecting
+        self._set(drop_unsent_at_end)
         managed = self.ib.client.getAccounts()
         if not self.account and len(managed) == 1:
             self.account = managed[0]
@@ -305,6 +306,12 @@ class TwsSession:
 
     def _transport(self) -> Any:
         return self.ib.client.conn.transport if self.ib is not None else None
+
+    def _set(self, option: Callable[[Options], None]) -> None:
+        transport = self._transport()
+        if transport is not None:
+            with suppress(OSError):  # closed meanwhile
+                option(transport.get_extra_info("socket"))
 
     def _start(self, work: Coroutine[Any, Any, _Answer]) -> asyncio.Task[_Answer]:
         task = asyncio.ensure_future(work)
@@ -508,10 +515,7 @@ class TwsSession:
 
     # --- what TWS says ------------------------------------------------------------------------
     def _on_data(self, _data: bytes) -> None:
-        transport = self._transport()
-        if transport is not None:
-            with suppress(OSError):  # closed meanwhile
-                acknowledge_at_once(transport.get_extra_info("socket"))
+        self._set(acknowledge_at_once)
 
     def _on_open_order(self, _api_id: int, contract: Any, order: Any, state: Any) -> None:
         if not order.whatIf:

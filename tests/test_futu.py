@@ -282,6 +282,15 @@ def test_an_answer_behind_a_push_is_not_held_up(connect: Callable[..., Futu], op
     assert min(took) < 0.03
 
 
+def test_what_is_unsent_does_not_outlive_its_connection(
+    connect: Callable[..., Futu], opend: OpenD
+) -> None:
+    """An order given up in an outage would reach OpenD after it, when its lists had proved that
+    there is none (test_longbridge_rest.py shows it): so the end is a reset."""
+    connect().close()
+    wait_for(lambda: opend.resets, "the end of the connection")
+
+
 def test_the_master_of_other_accounts_gets_no_orders(
     connect: Callable[..., Futu], opend: OpenD, exchange: Exchange
 ) -> None:

@@ -252,6 +252,16 @@ def test_the_rest_of_an_answer_is_not_held_up(tws: Tws, tmp_path: Path) -> None:
         assert min(trader.cash().seconds for _ in range(20)) < 0.03
 
 
+def test_what_is_unsent_does_not_outlive_its_connection(tws: Tws, tmp_path: Path) -> None:
+    """An order given up in an outage would reach TWS after it, when its lists had proved that there
+    is none (test_longbridge_rest.py shows it): so the end is a reset."""
+    with desk(tws, tmp_path) as subject:
+        connected(subject)
+        tws.link(False)
+        tws.link(True)  # which a connection does not outlive
+        wait_for(lambda: tws.resets, "the end of the connection")
+
+
 @pytest.mark.parametrize("text", ["435 You must specify an account.", "110 The price does not"])
 def test_refusals_keep_the_words(trader: Trader, exchange: Exchange, text: str) -> None:
     exchange.fault("place", FaultKind.REFUSE, text=text)

@@ -196,6 +196,7 @@ class OpenD:
         self.ret_type = 0
         self.ret_msg = ""
         self.failing = "place"
+        self.resets = 0  # connections that the client has ended without a last word
         self._rsa = RSA.import_key(rsa_key.read_bytes()) if rsa_key else None
         self._restart_locked = locked
         self._port_is_kept = False
@@ -320,6 +321,8 @@ class OpenD:
                     if (f, t, fmt) != (b"F", b"T", 0) or len(body) < length:
                         return
                     self._handle(connection, proto, serial, body, sha)
+        except ConnectionResetError:
+            self.resets += 1
         except (OSError, ValueError):
             pass  # cut, or bytes that are no packet: the real one closes the connection as well
         finally:

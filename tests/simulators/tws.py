@@ -155,6 +155,7 @@ class Tws:
         self.message_times: list[float] = []  # of every message of every client
         self.rate_violations = 0
         self.connections = 0
+        self.resets = 0  # of those, that the client has ended without a last word
         self.fills_from = 0.0  # executions before this epoch are of an earlier day
         # --- the machinery ---
         self._perm_ids = itertools.count(1845203701)
@@ -446,6 +447,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.tws._clients.discard(self)
+        self.tws.resets += isinstance(exc, ConnectionResetError)
         if self._late is not None:  # read already: done before the next connection is served
             self._late = None
             self._late_action()
