@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
+from itertools import takewhile
 from typing import Any
 
 from httptrading.model import (
@@ -118,10 +119,13 @@ class Executions:
     def __init__(self) -> None:
         self._fills: dict[str, Fill] = {}  # by the execution's id without its revision
         self._revisions: dict[str, str] = {}
+        self._cumulative: dict[str, Decimal] = {}
         self.shares = self.paid = Decimal(0)
+        self.cumulative = Decimal(0)  # with those of earlier days, which are not listed
 
-    def add(self, execution_id: str, fill: Fill) -> bool:
-        """False for what was known. A correction repeats an execution under a higher revision."""
+    def add(self, execution_id: str, fill: Fill, cumulative: Decimal) -> bool:
+        """False for what was known. A correction repeats an execution under a higher revision.
+        `cumulative`: what the order had filled with it (cumQty)."""
         key, revision = split_revision(execution_id)
         before = self._fills.get(key)
         if before is not None:
@@ -129,8 +133,18 @@ class Executions:
                 return False
             self._count(before, -1)
         self._fills[key], self._revisions[key] = fill, revision
+        self._cumulative[key] = cumulative
         self._count(fill, 1)
+        if before is None:
+            self.cumulative = max(self.cumulative, cumulative)
+        else:
+            self.cumulative = max(self._cumulative.values())
         return fill != before
+
+    def since(self, filled: Decimal) -> list[Fill]:
+        """Those after so much of the order had been filled."""
+        keys = takewhile(lambda key: self._cumulative[key] > filled, reversed(self._fills))
+        return [self._fills[key] for key in keys]
 
     def _count(self, fill: Fill, times: int) -> None:
         self.shares += times * exact(fill.qty)
@@ -172,21 +186,27 @@ class BookedOrder:
     @property
     def filled_qty(self) -> Decimal:
         """Status, executions and the completed list each know a part; none ever too much."""
-        return max(self.filled, self.executions.shares)
+        return max(self.filled, self.executions.shares, self.executions.cumulative)
 
     @property
     def avg_price(self) -> Decimal:
         """TWS's average where it covers all that is filled, else that of the executions where they
-        do: those of earlier days are not listed. 0: not known.
+        do, or both together: executions of earlier days are not listed. 0: not known.
 
         `Execution.avgPrice` is cumulative per execution and no average of anything.
         """
-        shares = self.executions.shares
-        if self.filled and self.filled >= shares and self.average:
-            return self.average
-        if not shares or shares < self.filled:
+        filled, executions = self.filled_qty, self.executions
+        if not filled:
             return Decimal(0)
-        return self.executions.paid / shares
+        if self.filled == filled and self.average:
+            return self.average
+        if executions.shares == filled:
+            return executions.paid / filled
+        since = executions.since(self.filled) if self.average else []
+        if self.filled + sum(exact(fill.qty) for fill in since) != filled:
+            return Decimal(0)
+        paid = sum((exact(fill.qty) * exact(fill.price) for fill in since), Decimal(0))
+        return (self.filled * self.average + paid) / filled
 
     @property
     def qty(self) -> Decimal:
@@ -387,7 +407,8 @@ class OrderBook:
             price=exact(execution.price),
             time=_aware(execution.time),
         )
-        return booked, fill if booked.executions.add(execution.execId, fill) else None
+        is_news = booked.executions.add(execution.execId, fill, quantity(execution.cumQty))
+        return booked, fill if is_news else None
 
     def error(self, api_id: int, code: int, text: str) -> BookedOrder | None:
         """Keeps the words; None when no order with this id of ours is known, or not yet: a

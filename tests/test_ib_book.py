@@ -63,7 +63,9 @@ def state(status: str, completed: str = "") -> Any:
     return SimpleNamespace(status=status, completedStatus=completed)
 
 
-def execution(number: int, shares: float, price: float, revision: str = "01") -> Any:
+def execution(
+    number: int, shares: float, price: float, revision: str = "01", *, cumulative: float = 0
+) -> Any:
     return SimpleNamespace(
         execId=f"0000e0d5.{number:08d}.01.{revision}",
         clientId=7,
@@ -74,6 +76,7 @@ def execution(number: int, shares: float, price: float, revision: str = "01") ->
         side="BOT",
         shares=shares,
         price=price,
+        cumQty=cumulative,
         time=datetime(2026, 11, 22, 15, number % 60, tzinfo=UTC),
     )
 
@@ -224,6 +227,17 @@ def test_an_average_of_a_part_is_not_that_of_all() -> None:
     assert booked.order().avg_price == 0
     book.execution(wire_contract(), execution(2, 4, 12.0))
     assert booked.order().avg_price == Decimal("12.6")
+
+
+def test_executions_go_on_from_an_earlier_day() -> None:
+    """Its executions are not listed any more, and a fill need not have an orderStatus."""
+    book, booked = working()
+    book.order_status(3, "Submitted", 4, 12.0, PERM_ID, 7)
+    book.execution(wire_contract(), execution(2, 5, 13.0, cumulative=9))
+    assert (booked.order().filled_qty, booked.order().avg_price) == (9, Decimal(113) / 9)
+    book.execution(wire_contract(), execution(3, 1, 13.0, cumulative=10))
+    order = booked.order()
+    assert (order.is_filled, order.filled_qty, order.avg_price) == (True, 10, Decimal("12.6"))
 
 
 def test_executions_may_come_before_their_order_and_be_corrected() -> None:
@@ -554,6 +568,7 @@ def test_sums_of_executions(told: list[tuple[int, int, int]]) -> None:
         executions.add(
             f"x.{number}.0{revision}",
             Fill(f"x.{number}", "1", Decimal(qty), Decimal("0.1") * revision, now),
+            Decimal(qty),
         )
         if revision >= newest.get(number, (0, 0))[0]:
             newest[number] = revision, qty
@@ -561,4 +576,5 @@ def test_sums_of_executions(told: list[tuple[int, int, int]]) -> None:
     assert executions.paid == sum(
         qty * Decimal("0.1") * revision for revision, qty in newest.values()
     )
+    assert executions.cumulative == max((qty for _, qty in newest.values()), default=0)
     assert len(executions.in_order()) == len(newest)
