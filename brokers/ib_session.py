@@ -394,7 +394,13 @@ class TwsSession:
         lock = self._locks[name]
         await lock.acquire()
         asking = self._start(self._answer(name, request, seconds))
-        asking.add_done_callback(lambda _: lock.release())
+
+        def ended(asked: asyncio.Task[_Answer]) -> None:
+            lock.release()
+            if not asked.cancelled():
+                asked.exception()  # looked at: there may be nobody who still waits
+
+        asking.add_done_callback(ended)
         try:
             return await asyncio.shield(asking)
         except asyncio.CancelledError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -1148,6 +1149,18 @@ def test_a_short_deadline_costs_nobody_the_connection(
     exchange.positions = [ExchangePosition("US", "QQQ", "USD", Decimal(2400))]
     assert [node["qty"] for node in trader.positions()["positions"]] == [2400]
     assert tws.connections == before
+
+
+def test_the_end_of_a_request_that_nobody_waits_for_is_no_trouble(
+    subject: Subject, tws: Tws, exchange: Exchange, caplog: pytest.LogCaptureFixture
+) -> None:
+    trader = subject.trader()
+    exchange.fault("positions", FaultKind.HANG)
+    assert trader.positions(timeout=1).code == "TIMEOUT"
+    tws.cut()
+    until(trader.cash)
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 def test_silence_is_noticed_without_being_asked(
