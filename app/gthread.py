@@ -67,6 +67,12 @@ class Connection(TConn):  # type: ignore[misc]
         if not self.is_http2:
             self.parser.unreader = Unreader(self)
 
+    def close(self, graceful: bool = False) -> None:
+        """At once: what had to linger has done so in its thread, and is closed. (gunicorn's own way
+        fails on that, and then counts the connection twice; at less than none, the worker takes any
+        number of them, and at its end drops those that are still open.)"""
+        super().close()
+
     def expect(self, seconds: float = SILENCE) -> None:
         """From now on, what comes may take so long."""
         self._began, self._seconds = time.monotonic(), seconds

@@ -287,6 +287,33 @@ def test_half_a_request_is_given_up(service: Service) -> None:
         assert client.recv(1) == b""
 
 
+def test_a_service_that_stops_still_answers_on_kept_connections(service: Service) -> None:
+    """Until it has said that it closes them, however many connections have ended before."""
+    path = service.directory / "lingering.conf.py"
+    path.write_text(
+        f"exec(open({str(ROOT / 'gunicorn.conf.py')!r}).read())\n"
+        "import gunicorn.workers.gthread\n"
+        "from httptrading.app import gthread, hooks\n"
+        "gthread.STAY = 0\n"
+        "gunicorn.workers.gthread.STOP_KEEPALIVE_LINGER = hooks._REQUESTS_END_WITHIN = 60\n"
+        "graceful_timeout = 60\n"
+    )
+    with service.running("-c", str(path)) as process:
+        for _ in range(3):
+            service.get("healthz")
+        kept = http.client.HTTPConnection("127.0.0.1", service.port, timeout=PATIENCE)
+        with contextlib.closing(kept):
+            kept.connect()
+            kept.auto_open = 0
+            process.terminate()
+            closes = False
+            while not closes:
+                kept.request("GET", "/httptrading/healthz")
+                answer = kept.getresponse()
+                closes = answer.will_close
+                assert json.load(answer) == {"status": "ok"}
+
+
 def test_sighup_reloads_the_configuration(service: Service) -> None:
     service.config = f'[[instance]]\nbroker = "Paper"\nid = "{ID}"\ntokens = ["{TOKEN}"]\n'
     with service.running() as process:
