@@ -84,13 +84,15 @@ class Connection(TConn):  # type: ignore[misc]
 
 
 class Unreader(SocketUnreader):  # type: ignore[misc]
-    """Reads a request; one that takes too long ends as if the client had hung up."""
+    """Reads a request; one that takes too long ends as if the client had hung up. `is_cut` tells
+    that one has: where the next request would begin is not known then."""
 
     def __init__(self, conn: Connection) -> None:
         super().__init__(conn.sock)
         self._conn = conn
         self._poll = select.poll()
         self._poll.register(conn.sock, select.POLLIN)
+        self.is_cut = False
         self.unread(conn.parser.unreader.take_buffered())
 
     def chunk(self, *size_hint: Any) -> bytes:
@@ -99,6 +101,7 @@ class Unreader(SocketUnreader):  # type: ignore[misc]
             if pending or self._poll.poll(min(left, LOOK) * 1000):
                 found: bytes = super().chunk(*size_hint)
                 return found
+        self.is_cut = True
         return b""
 
     def has_more(self) -> bool:
@@ -170,10 +173,14 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         return super().handle(conn)
 
     def _keepalive_after(self, conn: Any, keepalive: bool) -> bool:
-        """A body that is not there is not waited for; the connection ends instead."""
+        """A body that is not there is not waited for; the connection ends instead. (gunicorn takes
+        one that was given up for read to its end, and what comes late for the next request. Its own
+        deadline is not used: where there is no body, it ends connections after a moment's stall.)
+        """
         conn.expect(LEFTOVER)
-        deadline = time.monotonic() + LEFTOVER
-        return bool(keepalive and conn.parser.finish_body(deadline, MOST_LEFTOVER))
+        if not keepalive or not conn.parser.finish_body(max_bytes=MOST_LEFTOVER):
+            return False
+        return not conn.parser.unreader.is_cut
 
     def _is_crowded(self) -> bool:
         return self._jobs > int(self.cfg.threads)

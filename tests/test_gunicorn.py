@@ -272,6 +272,29 @@ def test_a_body_that_never_comes_is_not_waited_for(service: Service) -> None:
         assert service.get("healthz") == {"status": "ok"}
 
 
+def test_a_body_that_comes_too_late_is_no_request(service: Service) -> None:
+    """Else its answer would be taken for that of the next one, behind a proxy another client's."""
+    service.config = f'[[instance]]\nbroker = "Paper"\nid = "{ID}"\ntokens = ["{TOKEN}"]\n'
+    path = service.directory / "hasty.conf.py"
+    path.write_text(
+        f"exec(open({str(ROOT / 'gunicorn.conf.py')!r}).read())\n"
+        "from httptrading.app import gthread\n"
+        "gthread.Connection.expect.__defaults__ = (0.5,)\n"
+    )
+    late = b"GET /httptrading/healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    head = f"POST /httptrading/api/{ID}/order/place HTTP/1.1\r\nHost: x\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(late)}\r\n"
+    with service.running("-c", str(path)):
+        for token, status in (("nobody's", b" 404 "), (TOKEN, b" 400 ")):
+            with service.connect() as client, client.makefile("rb") as answers:
+                client.sendall(f"{head}HT-TOKEN: {token}\r\n\r\n".encode())
+                assert status in answers.readline()
+                while answers.readline() != b"\r\n":
+                    pass
+                assert answers.readline().endswith(b"\n")
+                assert answers.read() == b""  # it is closed
+
+
 def test_requests_sent_together_are_answered_together(service: Service) -> None:
     """The thread would wait an hour for the socket, while the next request is in its buffer."""
     with service.running("-c", patient(service)), service.connect() as client:
