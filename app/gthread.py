@@ -11,6 +11,7 @@ without end. All are cheap to send and cost every other client its answer.
 from __future__ import annotations
 
 import errno
+import resource
 import select
 import socket
 import ssl
@@ -31,7 +32,7 @@ SILENCE = 10
 """Seconds a connection may be silent before its first byte, and a request may take to come in."""
 
 HASTE = 1.0
-"""The same for a request while other connections wait for a thread."""
+"""The same while other connections wait for a thread, or no other can be taken."""
 
 LOOK = 0.25
 """Seconds between two looks at whether they do."""
@@ -114,6 +115,14 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     _stopped = 0.0
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = int(self.cfg.worker_connections)
+        # One connection more than files may be open ends the process: half of them are for brokers.
+        self.worker_connections = most if files == resource.RLIM_INFINITY else min(most, files // 2)
+        self.max_keepalived = self.worker_connections - int(self.cfg.threads)
+
     def init_process(self) -> None:
         self._tally = threading.Lock()
         self._jobs = 0  # connections that have a thread or wait for one
@@ -183,7 +192,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         return not conn.parser.unreader.is_cut
 
     def _is_crowded(self) -> bool:
-        return self._jobs > int(self.cfg.threads)
+        is_full = bool(self.nr_conns >= self.worker_connections)
+        return is_full or self._jobs > int(self.cfg.threads)
 
     def _next_comes(self, conn: Any) -> bool:
         """Waits a moment for the connection's next request, unless another one waits for a thread;
@@ -216,7 +226,11 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         return False
 
     def murder_pending(self) -> None:
-        """A worker that stops waits a moment only for connections that have not asked anything."""
+        """A worker that stops waits a moment only for connections that have not asked anything, and
+        where no other can be taken, they make room."""
+        if self._is_crowded():
+            for conn in self.pending_conns:
+                conn.timeout = min(conn.timeout, time.monotonic() + conn.left())
         if not self.alive:
             self._stopped = self._stopped or time.monotonic()
             for conn in self.pending_conns:

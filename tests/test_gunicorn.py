@@ -207,6 +207,22 @@ def test_silent_connections_take_no_thread(service: Service) -> None:
         assert time.monotonic() - began < 15
 
 
+def test_more_connections_than_files_may_be_open_end_nothing(service: Service) -> None:
+    path = service.directory / "few.conf.py"
+    path.write_text(
+        f"exec(open({str(ROOT / 'gunicorn.conf.py')!r}).read())\n"
+        "import resource\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (160, 160))\n"
+        "from httptrading.app import gthread\n"
+        "gthread.SILENCE = 1\n"
+    )
+    with service.running("-c", str(path)), contextlib.ExitStack() as stack:
+        for _ in range(200):
+            stack.enter_context(service.connect())
+        assert service.get("healthz") == {"status": "ok"}
+        assert "Too many open files" not in service.log
+
+
 def patient(service: Service) -> str:
     """A configuration file with which threads wait an hour for their clients' next requests."""
     path = service.directory / "patient.conf.py"
