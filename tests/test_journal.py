@@ -184,8 +184,13 @@ def test_outcomes(journal: Journal) -> None:
     settle(journal, refused, REFUSED, "no funds")
     settle(journal, unknown, UNKNOWN)
     settle(journal, not_placed, NOT_PLACED, "not there")
-    states = [row_of(journal, row).state for row in (placed, refused, unknown, not_placed)]
-    assert states == [PLACED, REFUSED, UNKNOWN, NOT_PLACED]
+    rows = [row_of(journal, row) for row in (placed, refused, unknown, not_placed)]
+    assert [(row.state, row.is_open, row.order.error_reason) for row in rows] == [
+        (PLACED, True, ""),
+        (REFUSED, False, "no funds"),
+        (UNKNOWN, True, ""),
+        (NOT_PLACED, False, "not there"),
+    ]
     assert [row.row_id for row in journal.unsettled(ID)] == [unknown]
     # What is settled is not unsettled by a late word, and what is placed was not "not placed".
     settle(journal, placed, UNKNOWN)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from sqlalchemy.exc import DataError, OperationalError
 from httptrading.brokers.journal import Journal
 from httptrading.brokers.recorder import Recorder
 from httptrading.errors import Busy
-from httptrading.model import Order, OrderReport
+from httptrading.model import Fill, Order, OrderReport
 
-ID = "RecorderInstance1"
+ID, OTHER = "RecorderInstance1", "RecorderInstance2"
 PATIENCE = 60.0
 
 
@@ -51,16 +52,18 @@ def recorder(journal: Broken) -> Iterator[Recorder]:
     recorder.stop(PATIENCE)
 
 
-def push(recorder: Recorder, order_id: str, **fields: Any) -> threading.Event:
+def push(
+    recorder: Recorder, order_id: str, instance_id: str = ID, **fields: Any
+) -> threading.Event:
     """The event is set when it has been written."""
     written = threading.Event()
     report = OrderReport(replace(Order(order_id, "USD", 10), **fields))
-    recorder.reports(ID, (report,), 0.0, written.set)
+    recorder.reports(instance_id, (report,), 0.0, written.set)
     return written
 
 
-def known(journal: Journal) -> set[str]:
-    return {row.order_id for row in journal.orders(ID, open_=None, since=None, limit=1000)}
+def known(journal: Journal, instance_id: str = ID) -> set[str]:
+    return {row.order_id for row in journal.orders(instance_id, open_=None, since=None, limit=1000)}
 
 
 def test_a_storm_costs_few_transactions(journal: Broken, recorder: Recorder) -> None:
@@ -104,6 +107,19 @@ def test_an_odd_push_takes_no_other_with_it(journal: Broken, recorder: Recorder)
     gate.set()
     assert after.wait(PATIENCE)
     assert known(journal) == {"before", "after"} and not odd.is_set()
+
+
+def test_accounts_whose_pushes_come_together_keep_their_own(journal: Broken) -> None:
+    recorder = Recorder(journal)
+    for number, instance_id in enumerate((ID, OTHER, ID)):
+        push(recorder, str(number), instance_id)
+        fill = Fill("1", str(number), 10, 200, datetime.now(UTC))
+        recorder.fills(instance_id, (fill,))
+    recorder.start()
+    recorder.stop(PATIENCE)
+    assert (known(journal), known(journal, OTHER)) == ({"0", "2"}, {"1"})
+    told = {(one, id_) for one in "012" for id_ in (ID, OTHER) if journal.fills(id_, one)}
+    assert told == {("0", ID), ("1", OTHER), ("2", ID)}
 
 
 def test_an_outcome_that_cannot_be_recorded_is_looked_for(recorder: Recorder) -> None:
