@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
@@ -13,9 +14,11 @@ import pytest
 
 from acceptance.kit import Answer, Trader, in_time, wait_for
 from httptrading.brokers.base import Window
+from httptrading.brokers.journal import OrderRequest
 from httptrading.errors import (
     BrokerUnavailable,
     Busy,
+    HttpTradingError,
     InternalError,
     InvalidRequest,
     OrderNotFound,
@@ -25,7 +28,12 @@ from httptrading.errors import (
     TimedOut,
     Unsupported,
 )
-from simulators.scripted import LIMIT_ORDER, ScriptedBroker, Stage, stage
+from httptrading.model import Lifecycle, OrderType, TimeInForce
+from simulators.scripted import AAPL, LIMIT_ORDER, ScriptedBroker, Stage, stage
+
+REQUEST = OrderRequest(
+    AAPL, OrderType.Limit, TimeInForce.DAY, Lifecycle.RTH, "BUY", 12, Decimal("200.01")
+)
 
 
 @pytest.fixture
@@ -282,6 +290,25 @@ def test_a_queue_that_is_full_or_too_slow_does_not(tmp_path: Path) -> None:
             again = trader.place(LIMIT_ORDER, key=key)
             assert again.ok and not again.replayed, again
         assert len(on.script.calls("place_order")) == 4
+
+
+def test_one_whose_time_is_up_leaves_the_others_their_try(on: Stage) -> None:
+    """Two requests under one name: the first gives up before its order was sent."""
+    instance = on.gateway.instance(on.brokers[0].instance_id)
+    with ThreadPoolExecutor(3) as pool:
+        with on.script.hold("place_order"):
+            sent = pool.submit(on.trader().place, LIMIT_ORDER, key="sent", timeout=30)
+            on.script.arrived("place_order")
+            first = pool.submit(instance.place, REQUEST, "k", time.monotonic() + 0.5)
+            wait_for(lambda: "k" in instance._placing or first.done(), "the first request")
+            second = pool.submit(instance.place, REQUEST, "k", time.monotonic() + 30)
+            error = first.exception(60)
+        assert sent.result(60).ok and not second.result(60).replayed
+    assert isinstance(error, HttpTradingError) and error.outcome == "none", error
+    assert [call.arguments["client_order_id"] for call in on.script.calls("place_order")] == [
+        "sent",
+        "k",
+    ]
 
 
 class Limited(ScriptedBroker):

@@ -215,6 +215,15 @@ def test_found_by_mark(journal: Journal) -> None:
     journal.record(ID, [report(journal, row_id)])
     (row,) = journal.joined(ID, [report(journal, row_id)])
     assert (row.row_id, row.state, row.order_id) == (row_id, PLACED, "1")
+    journal.record(ID, [report(journal, row_id, order_id="", filled_qty=3)])  # by the mark alone
+    assert row_of(journal, row_id).order.filled_qty == 3
+
+
+def test_somebody_elses_mark_that_comes_later_makes_no_second_order(journal: Journal) -> None:
+    journal.record(ID, [OrderReport(order("9"))])
+    journal.record(ID, [OrderReport(order("9", filled_qty=3), mark="theirs")])
+    (row,) = journal.orders(ID, open_=None, since=None, limit=9)
+    assert row.order.filled_qty == 3
 
 
 def test_a_report_without_an_id_settles_nothing(journal: Journal) -> None:
@@ -390,10 +399,11 @@ def test_fills(journal: Journal) -> None:
         Fill("f2", "1", 3, Decimal("1.10"), now + timedelta(seconds=1)),
         Fill("f1", "1", 2, 1.1, now),
         Fill("f3", "2", 2, 1.1, now),
+        Fill("f4", "1", 2, 1.1, now + timedelta(seconds=2)),  # like another, and one of its own
     ]
     for _ in range(2):
         journal.record_fills(ID, [*fills, fills[0]])
-    assert [fill.fill_id for fill in journal.fills(ID, "1")] == ["f1", "f2"]
+    assert [fill.fill_id for fill in journal.fills(ID, "1")] == ["f1", "f2", "f4"]
     assert journal.fills(ID, "1")[1].price == Decimal("1.1")
     assert journal.fills("AnotherInstance01", "1") == []
 
@@ -540,6 +550,15 @@ def test_the_journal_joins_as_merge_does(said: list[Order]) -> None:
             known, is_open = merged, is_open and not merged.is_completed
             row = row_of(journal, row_id)
             assert row.order == known and row.is_open == is_open
+
+
+def test_an_end_is_believed_whatever_fills_it_counts() -> None:
+    """Executions may be told before it; else the order would be open for ever."""
+    known = order(filled_qty=5, avg_price=2)
+    for end in ({"is_canceled": True}, {"error_reason": "expired"}):
+        assert merge(known, order(filled_qty=3, avg_price=9, **end)) == replace(known, **end)
+    overtaken = order(filled_qty=3, avg_price=9, qty=8, is_pending_cancel=True)
+    assert merge(known, overtaken) == known
 
 
 def test_a_price_that_comes_later_than_its_fill(journal: Journal) -> None:
