@@ -196,6 +196,11 @@ def test_outcomes(journal: Journal) -> None:
     settle(journal, placed, UNKNOWN)
     settle(journal, placed, NOT_PLACED, "not there")
     assert row_of(journal, placed).state == PLACED
+    since = row_of(journal, unknown).updated
+    settle(journal, unknown, UNKNOWN)
+    assert row_of(journal, unknown).updated == since, "settlement counts from there"
+    settle(journal, unknown, NOT_PLACED, "not there")
+    assert row_of(journal, unknown).state == NOT_PLACED and journal.unsettled(ID) == []
     settle(journal, not_placed, PLACED, "4")  # the truth came late
     row = row_of(journal, not_placed)
     assert (row.state, row.order_id, row.is_open, row.order.error_reason) == (PLACED, "4", True, "")
