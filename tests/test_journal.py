@@ -571,6 +571,18 @@ def test_a_price_that_comes_later_than_its_fill(journal: Journal) -> None:
     for filled, price in ((4, 2), (9, 0), (9, 3), (9, 5)):
         journal.record(ID, [report(journal, row_id, filled_qty=filled, avg_price=price)])
     assert row_of(journal, row_id).order == order("1", filled_qty=9, avg_price=3)
+    for filled, price in ((9, 0), (9, 3), (9, 5)):  # an order of somebody else
+        journal.record(ID, [OrderReport(order("7", filled_qty=filled, avg_price=price))])
+    found = journal.by_order_id(ID, "7")
+    assert found is not None and found.order == order("7", filled_qty=9, avg_price=3)
+
+
+def test_the_currency_is_what_the_broker_says(journal: Journal) -> None:
+    """Hong Kong's counters in yuan; what says none leaves it."""
+    row_id = begin(journal)
+    for currency in ("CNY", ""):
+        journal.record(ID, [report(journal, row_id, currency=currency)])
+        assert row_of(journal, row_id).order.currency == "CNY"
 
 
 # --- the database -------------------------------------------------------------------------------
