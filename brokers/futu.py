@@ -66,6 +66,7 @@ PIN_REFUSAL = "refused-pin"
 ACCOUNTS = "accounts"  # the ids of those that were chosen, the first ones first
 LISTING_DAYS = 10  # a gateway that was down over a long weekend finds its orders
 LOGIN_WINDOWS = {"unlock", "quote"}  # the others are counted for each account
+EXPLAINED_WITHIN = 1.5  # seconds for why OpenD refused something; the next calls wait for it
 SHOWN_SECONDS = 1.0  # between two looks into OpenD's memory for those who may not have a listing
 HISTORY_DAYS = 90  # what one history request spans at most
 REFUSED = -1  # Common.proto RetType_Failed; -100, -200, -400 and -500 leave the outcome open
@@ -314,7 +315,8 @@ class Futu(BaseBroker):
             )
         except Rejected as refused:
             try:
-                order = self._find(order_id)[0].order
+                with self._context.within(EXPLAINED_WITHIN):
+                    order = self._find(order_id)[0].order
             except HttpTradingError as error:
                 if known is None and isinstance(error, OrderNotFound):
                     raise  # says more than the refusal
@@ -540,7 +542,8 @@ class Futu(BaseBroker):
             raise Unsupported(
                 f"The {self.package} SDK does not take this request; nothing was sent"
             )
-        self.lost("OpenD does not answer as it should")
+        if not context.hurried:
+            self.lost("OpenD does not answer as it should")
         if changes:
             raise OutcomeUnknown("Sent to OpenD, but no clear answer came back")
         raise TimedOut("OpenD gave no clear answer in time")
@@ -554,7 +557,8 @@ class Futu(BaseBroker):
             return _Locked(words)
         if check_login:
             try:
-                self._check_login()
+                with self._context.within(EXPLAINED_WITHIN):
+                    self._check_login()
             except BrokerUnavailable:
                 raise
             except HttpTradingError:

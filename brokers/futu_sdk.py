@@ -17,8 +17,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -139,12 +139,24 @@ def open_context(
         live = False  # the constructor has succeeded
         unlisted = False  # but for the accounts, which it goes on without
         closing = False
+        hurried = False  # inside `within`: no answer is no sign of a dead OpenD
         _accounts: Any = None
         _checked: dict[tuple[str, int], Any]  # (environment, account) → what the SDK made of it
         _leaves = False
+        _query_timeout: float  # the SDK's
 
         def begin(self) -> None:
             self.packed, self.answer = False, None
+
+        @contextmanager
+        def within(self, seconds: float) -> Iterator[None]:
+            """Each request inside times out after so many seconds; a later answer is dropped."""
+            usual, self._query_timeout = self._query_timeout, seconds
+            self.hurried = True
+            try:
+                yield
+            finally:
+                self._query_timeout, self.hurried = usual, False
 
         def _query_sync(self, pack_func: Any, unpack_func: Any, **values: Any) -> Any:
             """InitConnect only: what the SDK makes of a refusal is a line in its log."""

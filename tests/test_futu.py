@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from acceptance.kit import wait_for
-from httptrading.brokers import futu_sdk
+from httptrading.brokers import futu, futu_sdk
 from httptrading.brokers.futu import Futu, Moomoo
 from httptrading.errors import (
     BrokerUnavailable,
@@ -577,6 +577,29 @@ def test_a_refused_cancel_stays_one_whatever_looking_meets(
     exchange.fault("order", kind, text=text)
     with pytest.raises(Rejected, match="现在不能撤单"):
         broker.cancel_order(order_id)
+
+
+@pytest.mark.parametrize(("change", "question"), [("cancel", "order"), ("place", "ping")])
+def test_why_something_was_refused_is_not_waited_for_long(
+    connect: Callable[..., Futu],
+    exchange: Exchange,
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
+    question: str,
+) -> None:
+    """Cancellations wait meanwhile, and the answer is known: it was refused."""
+    monkeypatch.setattr(futu, "EXPLAINED_WITHIN", 0.1, raising=False)
+    broker = connect()
+    order_id = place(broker)
+    exchange.fault(change, FaultKind.REFUSE, text="现在不行")
+    exchange.fault(question, FaultKind.HANG)
+    began = time.monotonic()
+    with pytest.raises(Rejected, match="现在不行"):
+        broker.cancel_order(order_id) if change == "cancel" else place(broker)
+    assert time.monotonic() < began + 11, "0.1 s on an idle machine; the SDK waits for 12 s"
+    broker.cancel_order(order_id)
+    assert exchange.orders[order_id].status is OrderStatus.CANCELED
+    assert told(broker).losses == []
 
 
 def test_an_order_placed_here_is_known_though_no_list_has_it_yet(
