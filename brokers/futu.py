@@ -496,13 +496,13 @@ class Futu(BaseBroker):
             self._ask(self._context.unlock_trade, password_md5=self._given.unlock_pin)
         except Rejected as refused:
             words = f"OpenD refused to unlock trading, nothing was sent to the market: {refused}"
-            if WRONG_PIN.search(refused.text) and not DOUBTFUL.search(refused.text):
+            if WRONG_PIN.search(refused.text):
                 words += ". unlock_pin is not tried again before the service is restarted"
                 (self.data_dir / PIN_REFUSAL).write_text(f"{self._life}\n{words}", "utf-8")
             raise Rejected(words) from None
-        except TimedOut:
+        except TimedOut as error:
             raise BrokerUnavailable(
-                "OpenD did not answer when asked to unlock trading; nothing was sent to the market"
+                f"OpenD did not unlock trading, nothing was sent to the market: {error.text}"
             ) from None
 
     def _refused_pin(self) -> str:
@@ -530,11 +530,10 @@ class Futu(BaseBroker):
             return data
         if context.answer is not None and context.answer[0]:
             words = str(context.answer[1])
-            refused = context.answer[0] == REFUSED
-            if changes and (not refused or DOUBTFUL.search(words)):
-                raise OutcomeUnknown(f"OpenD could not say what became of it: {words}")
-            if refused:
+            if context.answer[0] == REFUSED and not DOUBTFUL.search(words):
                 raise self._refusal(words, check_login)
+            if changes:
+                raise OutcomeUnknown(f"OpenD could not say what became of it: {words}")
             raise TimedOut(f"OpenD could not answer: {words}")
         if context.answer is None and str(data) in futu_sdk.NOT_SENT:
             raise BrokerUnavailable("The connection to OpenD is broken")

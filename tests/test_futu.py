@@ -918,6 +918,19 @@ def test_an_order_is_not_sent_when_unlocking_gets_no_answer(
     told(broker).wait_for(lambda: told(broker).losses)
 
 
+def test_an_unlocking_that_timed_out_may_be_tried_again(
+    connect: Callable[..., Futu], opend: OpenD, exchange: Exchange
+) -> None:
+    """It is not the broker's refusal of the order, which would use its key up."""
+    opend.locked = True
+    broker = connect(unlock_pin=PIN_MD5)
+    exchange.fault("unlock", FaultKind.REFUSE, text="验证密码超时")
+    with pytest.raises(BrokerUnavailable, match="nothing was sent.*超时"):
+        place(broker)
+    place(broker)
+    assert len(exchange.orders) == 1
+
+
 @pytest.mark.parametrize(
     ("ret_type", "words"),
     [
@@ -941,13 +954,16 @@ def test_opends_own_doubts_leave_an_order_open(
     assert told(broker).losses == []  # it did answer
 
 
-@pytest.mark.parametrize("ret_type", [-100, -200, -400, -500])
+@pytest.mark.parametrize(
+    ("ret_type", "words"),
+    [*((number, "后台") for number in (-100, -200, -400, -500)), (-1, "NN_ProtoRet_TimeOut")],
+)
 def test_a_read_that_opend_cannot_answer_costs_no_connection(
-    connect: Callable[..., Futu], opend: OpenD, ret_type: int
+    connect: Callable[..., Futu], opend: OpenD, ret_type: int, words: str
 ) -> None:
     broker = connect()
-    opend.failing, opend.ret_type, opend.ret_msg = "cash", ret_type, "后台超时"
-    with pytest.raises(TimedOut, match="后台超时"):
+    opend.failing, opend.ret_type, opend.ret_msg = "cash", ret_type, words
+    with pytest.raises(TimedOut, match=words):
         broker.cash()
     opend.ret_type = 0
     assert broker.cash().amount and told(broker).losses == []
