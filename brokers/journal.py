@@ -981,7 +981,8 @@ def _news(
         values["order_id"] = order.order_id
     if revived or (row.state in UNSETTLED and order.order_id):
         values["state"] = PLACED
-    if row.state == SEEN:  # not every report tells everything
+    if row.state == SEEN and None in (row.ticker, row.direction, row.order_type, row.lifecycle):
+        # Not every report tells everything.
         asked = _asked(report).items()
         values |= {name: told for name, told in asked if told and getattr(row, name) is None}
     if values:
