@@ -63,7 +63,7 @@ from httptrading.model import (
 )
 
 PIN_REFUSAL = "refused-pin"
-ACCOUNTS = "accounts"  # the ids of those that were chosen, the first ones first
+ACCOUNTS = "accounts"  # those that were chosen with their firms, the first ones first
 LISTING_DAYS = 10  # a gateway that was down over a long weekend finds its orders
 LOGIN_WINDOWS = {"unlock", "quote"}  # the others are counted for each account
 EXPLAINED_WITHIN = 1.5  # seconds for why OpenD refused something; the next calls wait for it
@@ -203,7 +203,7 @@ class Futu(BaseBroker):
         if self.connection == "quote":
             self._open(sdk.OpenQuoteContext, **where)
         else:
-            accounts = {"filter_trdmarket": "N/A", "security_firm": given.security_firm}
+            accounts = {"filter_trdmarket": "N/A", "security_firm": self._firm()}
             self._open(sdk.OpenSecTradeContext, **where, **accounts)
         self._check_login()
         login = "qotLogined" if self.connection == "quote" else "trdLogined"
@@ -238,21 +238,33 @@ class Futu(BaseBroker):
         self._accounts = parse_accounts(rows, given.trade_env, given.acc_id, before)
         if not self._accounts:
             wanted = f"no {given.trade_env} account" + (" with this acc_id" if given.acc_id else "")
-            raise BrokerUnavailable(
-                f"The OpenD login has {wanted} (security_firm {given.security_firm})"
-            )
-        chosen = [account.acc_id for account in self._accounts if account.acc_id not in before]
-        if chosen and not given.acc_id:
+            raise BrokerUnavailable(f"The OpenD login has {wanted} (security_firm {self._firm()})")
+        firms = {int(row["acc_id"]): str(row["security_firm"]) for row in rows}
+        chosen = before | {account.acc_id: firms[account.acc_id] for account in self._accounts}
+        if chosen != before and not given.acc_id:
             new = self.data_dir / f"{ACCOUNTS}.new"
             with suppress(OSError):  # a full disk: they are chosen anew after the next connection
-                new.write_text("\n".join(map(str, before + chosen)), "utf-8")
+                new.write_text(
+                    "\n".join(f"{acc_id} {chosen[acc_id]}" for acc_id in chosen), "utf-8"
+                )
                 new.replace(self.data_dir / ACCOUNTS)
 
-    def _chosen_before(self) -> list[int]:
+    def _chosen_before(self) -> dict[int, str]:
+        """Account id → its security firm, in the order they were chosen."""
         try:
-            return [int(line) for line in (self.data_dir / ACCOUNTS).read_text("utf-8").split()]
+            lines = (self.data_dir / ACCOUNTS).read_text("utf-8").splitlines()
+            parts = [line.partition(" ") for line in lines]
+            return {int(acc_id): firm for acc_id, _, firm in parts}
         except (OSError, ValueError):
-            return []
+            return {}
+
+    def _firm(self) -> str:
+        """The configured one, else that of the accounts chosen before: the SDK would take the one
+        that is first in OpenD's list by now (trade/open_trade_context.py:198)."""
+        if self._given.security_firm != "N/A" or self._given.acc_id:
+            return self._given.security_firm
+        known = self._chosen_before().values()
+        return next((firm for firm in known if firm not in ("", "N/A")), "N/A")
 
     def close(self) -> None:
         if self._context is not None:

@@ -320,6 +320,24 @@ def test_orders_stay_with_their_account_when_the_list_changes(
     assert exchange.orders[place(connect())].account == "72"
 
 
+def test_orders_stay_with_their_security_firm_when_the_list_changes(
+    connect: Callable[..., Futu], opend: OpenD, exchange: Exchange
+) -> None:
+    """Without one the SDK takes that of the first real account (open_trade_context.py:198)."""
+    first, second = Account(71, REAL, ("HK", "US")), Account(72, REAL, ("HK", "US"), firm=2)
+    opend.accounts = (second,)
+    order_id = place(connect())
+    opend.accounts = (first, second)
+    broker = connect()
+    assert exchange.orders[place(broker)].account == "72"
+    broker.cancel_order(order_id)
+    assert exchange.orders[order_id].status is OrderStatus.CANCELED
+    opend.accounts = (first,)
+    with pytest.raises(BrokerUnavailable, match="no REAL account .security_firm FUTUINC"):
+        connect()
+    assert exchange.orders[place(connect(security_firm="FUTUSECURITIES"))].account == "71"
+
+
 def test_a_missing_account_is_named(connect: Callable[..., Futu], opend: OpenD) -> None:
     with pytest.raises(BrokerUnavailable, match="no REAL account with this acc_id"):
         connect(acc_id=1)
