@@ -185,17 +185,20 @@ def parse_time(text: str, region: str) -> datetime:
 
 
 def parse_order(row: Mapping[str, Any]) -> OrderReport | None:
-    """A row of an order list or a push; None when it is no order for a security."""
+    """A row of an order list or a push; None when it is no order for a security. One with the
+    gateway's mark is never left out, whatever its row lacks: it would count as not placed."""
     contract = to_contract(row["code"], row["order_market"])
-    if contract is None:
+    mark = str(row["remark"] or "")
+    if contract is None and not mark.startswith("ht"):  # Journal.mark
         return None
     status = str(row["order_status"])
     words = str(row["last_err_msg"] or "")
     failure = f"{status}: {words}" if words else status
     currency = str(row["currency"])
+    usual = CURRENCIES[contract.region] if contract else ""
     order = Order(
         order_id=str(row["order_id"]),
-        currency=currency if currency in CASH_FIELDS else CURRENCIES[contract.region],
+        currency=currency if currency in CASH_FIELDS else usual,
         qty=number(row["qty"]),
         filled_qty=number(row["dealt_qty"] or (status == "FILLED_ALL" and row["qty"])),  # optional
         avg_price=number(row["dealt_avg_price"]),
@@ -209,14 +212,16 @@ def parse_order(row: Mapping[str, Any]) -> OrderReport | None:
         session = Lifecycle.ETH if row["fill_outside_rth"] is True else Lifecycle.RTH
     return OrderReport(
         order,
-        mark=str(row["remark"] or ""),
+        mark=mark,
         contract=contract,
         direction=DIRECTIONS.get(row["trd_side"]),
         order_type=order_type,
         price=number(row["price"]) if order_type is OrderType.Limit else None,
         time_in_force=FROM_TIME_IN_FORCE.get(row["time_in_force"]),
         lifecycle=session,
-        time=parse_time(row["create_time"], contract.region) if row["create_time"] else None,
+        time=parse_time(row["create_time"], contract.region)
+        if contract and row["create_time"]
+        else None,
     )
 
 

@@ -568,6 +568,19 @@ def test_optional_fields_may_be_missing(
     assert [position.contract for position in broker.positions()] == [HK]
 
 
+def test_an_order_of_ours_is_listed_whatever_its_row_lacks(
+    connect: Callable[..., Futu], opend: OpenD, exchange: Exchange
+) -> None:
+    """Trd_Common.proto: secMarket, trdMarket and currency of orders are optional."""
+    opend.left_out = {"secMarket", "trdMarket", "currency"}
+    broker = connect()
+    order_id = place(broker, mark="ht-bare")
+    exchange.fill(order_id, 5, "200")
+    (report,) = broker.recent_orders()
+    assert (report.mark, report.contract, report.order.order_id) == ("ht-bare", None, order_id)
+    assert broker.order(order_id).order.filled_qty == 5
+
+
 @pytest.mark.parametrize("env", ["REAL", "SIMULATE"])
 def test_cancelling(connect: Callable[..., Futu], exchange: Exchange, env: str) -> None:
     broker = connect(trade_env=env)
