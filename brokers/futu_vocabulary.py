@@ -226,15 +226,16 @@ def parse_order(row: Mapping[str, Any]) -> OrderReport | None:
 
 
 def parse_fill(row: Mapping[str, Any], order: Contract | None = None) -> Fill | None:
-    """None when it is no fill of a security, when it was cancelled (OrderFillStatus), and when a
-    push does not tell its order, which the list of fills does. `order`: what that was for."""
+    """None when it is no fill of a security, and when a push does not tell its order, which the
+    list of fills does. `order`: what that was for. One that was cancelled (OrderFillStatus) has the
+    quantity 0."""
     contract = to_contract(row["code"], row["deal_market"]) or order
-    if contract is None or row["status"] == "CANCELLED" or row["order_id"] in ("", "N/A"):
+    if contract is None or row["order_id"] in ("", "N/A"):
         return None
     return Fill(
         fill_id=str(row["deal_id"]),
         order_id=str(row["order_id"]),
-        qty=number(row["qty"]),
+        qty=0 if row["status"] == "CANCELLED" else number(row["qty"]),
         price=number(row["price"]),
         time=parse_time(row["create_time"], contract.region),
     )

@@ -881,8 +881,9 @@ class Instance:
         try:
             self._journal.record_fills(self.id, found, deadline=deadline)
         except Busy:
-            joined = {fill.fill_id: fill for fill in (*found, *known)}
-            return sorted(joined.values(), key=lambda fill: (fill.time, fill.fill_id))
+            joined = {fill.fill_id: fill for fill in (*known, *found)}
+            left = [fill for fill in joined.values() if fill.qty]
+            return sorted(left, key=lambda fill: (fill.time, fill.fill_id))
         return self._known_fills(order_id)
 
     def _known_fills(self, order_id: str) -> list[Fill]:

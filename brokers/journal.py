@@ -691,7 +691,7 @@ class Journal:
         )
 
     def fills(self, instance_id: str, order_id: str) -> list[Fill]:
-        """An order's executions, oldest first."""
+        """An order's executions, oldest first, but for those taken back."""
         statement = (
             sa.select(_fills)
             .where(_fills.c.instance_id == instance_id, _fills.c.order_id == order_id)
@@ -700,6 +700,7 @@ class Journal:
         return [
             Fill(row.fill_id, row.order_id, Decimal(row.qty), Decimal(row.price), _time(row))
             for row in self._read(lambda connection: connection.execute(statement).all())
+            if row.qty != "0"
         ]
 
     def _one(self, statement: sa.Select[Any], **values: Any) -> JournalOrder | None:

@@ -176,7 +176,8 @@ class OrderReport:
 
 @dataclass(frozen=True)
 class Fill:
-    """One execution; `fill_id` is unique among the account's fills, `time` timezone-aware."""
+    """One execution; `fill_id` is unique among the account's fills, `time` timezone-aware, `qty` 0
+    when the broker has taken it back."""
 
     fill_id: str
     order_id: str

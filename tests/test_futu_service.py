@@ -391,6 +391,24 @@ def test_an_order_taken_before_the_cut_settles_by_itself(
     assert len(exchange.received("place")) == 1
 
 
+def test_a_fill_that_was_cancelled_is_not_told_any_more(
+    opend: OpenD, exchange: Exchange, serve: Callable[..., Any]
+) -> None:
+    (client,) = serve(instance(opend))
+    connected(client())
+    order_id = client().place(ORDER)["orderId"]
+
+    def told() -> list[int]:
+        answer = client().fills(order_id)
+        return [fill["qty"] for fill in answer["fills"]] if answer.ok else []
+
+    exchange.fill(order_id, 5, "12.30")
+    exchange.fill(order_id, 4, "12.30")
+    wait_for(lambda: told() == [5, 4], "both fills")
+    opend.busted.add(exchange.orders[order_id].fills[0].fill_id)
+    wait_for(lambda: told() == [4], "the cancelled one to go")
+
+
 def test_threads_do_not_pile_up(
     opend: OpenD, exchange: Exchange, serve: Callable[..., Any]
 ) -> None:

@@ -396,6 +396,8 @@ def test_a_fill_that_is_corrected(journal: Journal) -> None:
     journal.record_fills(ID, [Fill("f", "1", 10, Decimal("1.2"), now)])
     (fill,) = journal.fills(ID, "1")
     assert (fill.qty, fill.price) == (10, Decimal("1.2"))
+    journal.record_fills(ID, [Fill("f", "1", 0, Decimal("1.2"), now)])
+    assert journal.fills(ID, "1") == []
 
 
 def test_fills(journal: Journal) -> None:
