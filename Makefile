@@ -18,7 +18,7 @@ IB_ASYNC := .venv-ib-async
 IB_TESTS := tests/test_tws_simulator.py tests/test_ib_book.py tests/test_trading_hours.py \
 	tests/test_interactive_brokers.py
 # The tests mostly wait for timeouts and servers, so more run at a time than there are CPUs.
-WORKERS ?= 6
+WORKERS ?= 8
 AT_ONCE := --dist worksteal
 MINUTES ?= 5
 ORDERS ?= 10000
