@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := $(abspath $(VENV))/bin
 # pip would compile on one processor, and the SDKs' own tests too, which takes half its time.
 PIP := -m pip --disable-pip-version-check install --quiet --no-compile
-COMPILE := -m compileall -q -j 0 -x '/tests?/'
+COMPILE := -m compileall -q -j 0 -x 'site-packages/.*/tests?/'
 CORE := $(VENV)/.core-installed
 CORE_ONLY := $(VENV)/core-requirements.txt
 ALL := $(VENV)/.all-installed
@@ -83,12 +83,12 @@ $(CORE_ONLY): pyproject.toml | $(BIN)/python
 
 $(CORE): $(CORE_ONLY) requirements.txt
 	$(BIN)/python $(PIP) -c requirements.txt -r $(CORE_ONLY)
-	@$(BIN)/python $(COMPILE) $(VENV)/lib
+	@-$(BIN)/python $(COMPILE) $(VENV)/lib
 	@touch $@
 
 $(ALL): requirements.txt requirements-dev.txt | $(BIN)/python
 	$(BIN)/python $(PIP) -r requirements-dev.txt
-	@$(BIN)/python $(COMPILE) $(VENV)/lib
+	@-$(BIN)/python $(COMPILE) $(VENV)/lib
 	@touch $@ $(CORE)
 
 # tzdata: ib_async pins another version than the one tested with the rest.
@@ -97,5 +97,5 @@ $(IB_ASYNC)/.installed: $(CORE_ONLY) requirements.txt requirements-dev.txt
 	@grep -hvE '^(-r|tzdata==)' requirements.txt requirements-dev.txt > $(IB_ASYNC)/constraints.txt
 	$(IB_ASYNC)/bin/python $(PIP) -c $(IB_ASYNC)/constraints.txt -r $(CORE_ONLY) \
 		pytest pytest-xdist hypothesis psutil ib-async==2.1.0
-	@$(IB_ASYNC)/bin/python $(COMPILE) $(IB_ASYNC)/lib
+	@-$(IB_ASYNC)/bin/python $(COMPILE) $(IB_ASYNC)/lib
 	@touch $@
