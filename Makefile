@@ -41,6 +41,8 @@ test: ## linters, types and the whole test suite
 	@$(MAKE) --no-print-directory --jobs 3 check suite ib-async-suite
 
 suite: $(ALL)
+	@# Once: each worker would rewrite all assertions for itself.
+	@$(BIN)/python -m pytest -q --collect-only >/dev/null 2>&1 || :
 	$(BIN)/python -m pytest -q -n $(WORKERS) $(AT_ONCE)
 
 ib-async-suite: $(IB_ASYNC)/.installed
