@@ -12,9 +12,9 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from httptrading.brokers.ib_book import CANCEL_CONFIRMED, exact
+from httptrading.brokers.ib_book import CANCEL_CONFIRMED
 from httptrading.errors import HttpTradingError, RateLimited, Rejected, Unsupported
-from httptrading.model import Contract, Quote
+from httptrading.model import Contract, Quote, exact
 
 PRICE_TICKS = {
     **dict.fromkeys((4, 68), "last"),

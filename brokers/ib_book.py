@@ -18,12 +18,12 @@ from httptrading.model import (
     Contract,
     Fill,
     Lifecycle,
-    Number,
     Order,
     OrderReport,
     OrderType,
     TimeInForce,
     TradeType,
+    exact,
 )
 
 # --- status words (ib_insync/order.py; interactivebrokers.github.io/tws-api/order_submission.html)
@@ -68,12 +68,6 @@ OVERNIGHT_VENUE = "OVERNIGHT"
 def quantity(value: float) -> Decimal:
     """A quantity as decimal; 0 for an unset one, which arrives as a huge number."""
     return exact(value) if 0 < value < 1e15 else Decimal(0)
-
-
-def exact(value: Number) -> Decimal:
-    """The decimal that a float was read from: 100.5, and 200 rather than 200.0."""
-    number = Decimal(repr(value)) if isinstance(value, float) else Decimal(value)
-    return number.quantize(Decimal(1)) if number == number.to_integral_value() else number
 
 
 def region_of(currency: str, *exchanges: str) -> str | None:

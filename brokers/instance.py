@@ -37,7 +37,6 @@ from httptrading.brokers.journal import (
     JournalOrder,
     OrderRequest,
     Outcome,
-    exact,
 )
 from httptrading.brokers.limits import WindowState, shared_windows
 from httptrading.brokers.local import LocalBroker
@@ -77,6 +76,7 @@ from httptrading.model import (
     OrderReport,
     Position,
     Quote,
+    exact,
 )
 
 log = logging.getLogger("httptrading.instance")

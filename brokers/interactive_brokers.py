@@ -33,7 +33,6 @@ from httptrading.brokers.ib_book import (
     DEAD_IF_REFUSED,
     OVERNIGHT_VENUE,
     BookedOrder,
-    exact,
     is_refusal,
     region_of,
     to_symbol,
@@ -64,6 +63,7 @@ from httptrading.model import (
     TimeInForce,
     TradeType,
     Unit,
+    exact,
 )
 from httptrading.tickers import cn_exchange
 

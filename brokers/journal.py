@@ -56,6 +56,7 @@ from httptrading.model import (
     OrderType,
     TimeInForce,
     TradeType,
+    exact,
 )
 
 log = logging.getLogger("httptrading.journal")
@@ -1041,14 +1042,6 @@ def _asked(report: OrderReport) -> dict[str, Any]:
         "price": _text(report.price),
         "asked_qty": _text(report.order.qty),
     }
-
-
-def exact(number: Number) -> Decimal:
-    """Of a float, what its shortest text says."""
-    if isinstance(number, Decimal):
-        return number
-    # float() and int() first: a subclass (numpy's) has a repr of its own.
-    return Decimal(repr(float(number) if isinstance(number, float) else int(number)))
 
 
 def _text(number: Number | None) -> str | None:

@@ -14,6 +14,17 @@ from decimal import Decimal
 Number = int | float | Decimal
 
 
+def exact(number: Number) -> Decimal:
+    """The decimal that a number was read from: of a float, what its shortest text says.
+
+    >>> exact(200.01)
+    Decimal('200.01')
+    """
+    if isinstance(number, float):
+        return Decimal(float.__repr__(number))  # that of a subclass (numpy's) is its own
+    return Decimal(number)
+
+
 class TradeType(enum.Enum):
     """What kind of thing is traded."""
 

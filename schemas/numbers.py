@@ -9,6 +9,8 @@ from typing import Any
 
 import simplejson
 
+from httptrading.model import Number, exact
+
 DEEPEST = 32
 """How deeply a request's JSON may be nested; no documented body has more than one level."""
 
@@ -31,27 +33,20 @@ class _WithFraction(Decimal):
         return text if "." in text else text + ".0"
 
 
-def exact(number: Any) -> Decimal:
-    """A number's shortest exact decimal; ValueError for NaN and infinities.
+def plain(number: Number) -> Decimal:
+    return _Plain(_finite(number))
 
-    >>> exact(200.01)
-    Decimal('200.01')
-    """
-    if isinstance(number, float):
-        value = Decimal(float.__repr__(number))  # also of subclasses, whose repr is their own
-    else:
-        value = Decimal(number)
+
+def with_fraction(number: Number) -> Decimal:
+    return _WithFraction(_finite(number))
+
+
+def _finite(number: Number) -> Decimal:
+    """ValueError for NaN and infinities."""
+    value = exact(number)
     if not value.is_finite():
         raise ValueError("not a finite number")
-    return value
-
-
-def plain(number: Any) -> Decimal:
-    return _Plain(exact(number) or 0)  # -0 is 0
-
-
-def with_fraction(number: Any) -> Decimal:
-    return _WithFraction(exact(number) or 0)
+    return value or Decimal(0)  # -0 is 0
 
 
 def load_json(text: str | bytes) -> Any:

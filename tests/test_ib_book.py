@@ -17,14 +17,13 @@ from httptrading.brokers.ib_book import (
     BookedOrder,
     Executions,
     OrderBook,
-    exact,
     region_of,
     to_contract,
     to_symbol,
     to_ticker,
 )
 from httptrading.errors import RateLimited, Rejected, Unsupported
-from httptrading.model import Contract, Fill, Lifecycle, OrderType, TimeInForce, TradeType
+from httptrading.model import Contract, Fill, Lifecycle, OrderType, TimeInForce, TradeType, exact
 
 UNSET = 1.7976931348623157e308
 PERM_ID = 1845203701
