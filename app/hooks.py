@@ -13,13 +13,17 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 from gunicorn.workers.gthread import ThreadWorker
 
+from httptrading.app.config import ConfigurationError
 from httptrading.app.logs import flush_logs, log_aside, quotes_no_request, secrets_of
 from httptrading.brokers.gateway import Gateway
+
+log = logging.getLogger("httptrading.app")
 
 WORKER_CLASS = "httptrading.app.gthread.Worker"
 
@@ -64,6 +68,22 @@ def refuse_second_owner(gateway: Gateway) -> None:
                 "HTTPTRADING_DATA_DIR) and accounts of its own."
             )
         time.sleep(0.1)
+
+
+def reload_only_what_loads(server: Any, load: Callable[[], object]) -> None:
+    """A reload (SIGHUP) of a configuration with mistakes changes nothing. gunicorn itself ends the
+    service then; `load` raises ConfigurationError."""
+    reload = server.reload
+
+    def reload_if_it_loads() -> None:
+        try:
+            load()
+        except ConfigurationError as error:
+            log.error("not reloaded, the service goes on as it was: %s", error)
+        else:
+            reload()
+
+    server.reload = reload_if_it_loads
 
 
 def post_worker_init(worker: Any) -> None:

@@ -361,6 +361,12 @@ def test_sighup_reloads_the_configuration(service: Service) -> None:
         headers = {"HT-TOKEN": TOKEN}
         assert service.get(state, **headers)["cash"]["amount"] == 100000
         path = service.directory / "httptrading.toml"
+        # With a mistake in it: the service goes on, and says why.
+        path.write_text(service.config.replace("Paper", "Papre"))
+        process.send_signal(signal.SIGHUP)
+        assert "instance 1" in service.wait_for_log("not reloaded.*Papre.*")
+        assert TOKEN not in service.log
+        assert service.get(state, **headers)["cash"]["amount"] == 100000
         path.write_text(service.config.replace(TOKEN, TOKEN[::-1]))
         process.send_signal(signal.SIGHUP)
         end = time.monotonic() + PATIENCE
