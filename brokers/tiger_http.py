@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from httptrading.brokers.sockets import acknowledge_at_once, drop_unsent_at_end
+from httptrading.brokers.sockets import acknowledge_at_once, drop_unsent_at_end, in_one_piece
 from httptrading.errors import BrokerUnavailable, Busy, HttpTradingError, RateLimited
 
 log = logging.getLogger("httptrading.tiger")
@@ -216,7 +216,8 @@ class Transport:
         assert connection is not None and connection.sock is not None
         try:
             connection.sock.settimeout(self._left())
-            connection.request("POST", self._url.path or "/", body, dict(headers))
+            with in_one_piece(connection.sock):
+                connection.request("POST", self._url.path or "/", body, dict(headers))
             acknowledge_at_once(connection.sock)
             response = connection.getresponse()
             answer = response.read(MOST_BYTES)
