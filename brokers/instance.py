@@ -125,6 +125,21 @@ class Placement(Future[str]):
         self.created: datetime | None = None
 
 
+@dataclass
+class _Joined:
+    """The broker's answer about an order, joined to the journal as it was after so many writes, and
+    whether it was no news to that."""
+
+    answer: Order | OrderReport
+    order: Order
+    writes: int
+    no_news: bool
+
+    def is_no_news(self, answer: Order | OrderReport, writes: int) -> bool:
+        """Who polls an order is mostly told what the journal knows already."""
+        return self.no_news and self.writes == writes and self.answer == answer
+
+
 @dataclass(frozen=True)
 class ConnectionState:
     name: str
@@ -195,8 +210,7 @@ class Instance:
             self._worker_of |= dict.fromkeys(operations, worker)
         self._cash_takes_currency = "currency" in inspect.signature(broker_class.cash).parameters
         self._placing: dict[str, Placement] = {}
-        # Order id → the broker's answer, joined to the journal after so many writes.
-        self._joined: dict[str, tuple[Any, Order, int]] = {}
+        self._joined: dict[str, _Joined] = {}  # by order id
         self._placing_lock = threading.Lock()
         self.settlement = Settlement(self, journal)
         self._draining = False
@@ -782,13 +796,22 @@ class Instance:
                 raise
             return row.order
         report = found if isinstance(found, OrderReport) else OrderReport(found)
-        with suppress(Busy):  # the broker's answer is worth more than its record
+        before = self._journal.writes
+        joined = self._joined.get(report.order.order_id)
+        if joined is not None and joined.is_no_news(found, before):
+            joined.answer = found
+            return joined.order
+        recorded = True
+        try:
             self._journal.record(self.id, [report], seen, deadline=deadline)
+        except Busy:  # the broker's answer is worth more than its record
+            recorded = False
         writes = self._journal.writes
         order = self._joined_order(report)
         if len(self._joined) > 1000:
             self._joined.clear()
-        self._joined[order.order_id] = (found, order, writes)
+        no_news = recorded and writes == before
+        self._joined[order.order_id] = _Joined(found, order, writes, no_news)
         return order
 
     def _at_the_broker(
@@ -820,8 +843,10 @@ class Instance:
         """What the broker's answer in memory, already joined to the journal, came to; None when
         there is none, or the journal may know more by now."""
         known, found = self._reads.answer("order", _read_key("order", {"order_id": order_id}))
-        answer, order, writes = self._joined.get(order_id, (None, None, -1))
-        return order if known and answer is found and writes == self._journal.writes else None
+        joined = self._joined.get(order_id)
+        if not known or joined is None or joined.answer is not found:
+            return None
+        return joined.order if joined.writes == self._journal.writes else None
 
     def orders(
         self,

@@ -748,6 +748,28 @@ def test_orders_stay_when_the_broker_has_forgotten_them(tmp_path: Path) -> None:
         assert trader.fills("nobody-knows-it").code == "ORDER_NOT_FOUND"
 
 
+def test_the_same_answer_again_is_news_after_another_word(on: Stage) -> None:
+    """A push says that it is being cancelled, and the broker, asked again, that it is not."""
+    trader = on.trader()
+    order_id = trader.placed(LIMIT_ORDER)
+    working = Order(order_id, "USD", 12)
+    on.script.do["order"] = lambda **_: replace(working)  # equal, but not the same
+
+    def is_pending() -> bool:
+        (node,) = on.gateway.instance(INSTANCE).orders(
+            open_=True, since=None, limit=1, deadline=time.monotonic() + 30
+        )
+        return node.order.is_pending_cancel
+
+    on.script.do["recent_orders"] = lambda **_: []
+    for _ in range(3):
+        assert trader.order(order_id)["qty"] == 12
+    on.script.brokers[-1].report(OrderReport(replace(working, is_pending_cancel=True)))
+    wait_for(lambda: is_pending() or None, "the push to be recorded")
+    assert trader.order(order_id)["qty"] == 12
+    assert not is_pending()
+
+
 def test_nothing_goes_backwards(on: Stage) -> None:
     trader = on.trader()
     order_id = trader.placed(LIMIT_ORDER)
