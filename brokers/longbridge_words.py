@@ -63,7 +63,9 @@ PENDING_CANCEL = {"WaitToCancel", "PendingCancel"}
 CANCELED = {"Canceled", "PartialWithdrawal"}
 FAILED = {"Rejected", "Expired"}
 """Every order status, in the SDK's spelling (openapi.pyi, OrderStatus); REST says some of them with
-"Status" at the end. A status of none of these sets counts as Unknown: nothing is claimed."""
+"Status" at the end. A status of none of these sets counts as Unknown: nothing is claimed. Expired
+is the end of a day's order only: LongBridge calls one until cancelled so between two sessions, and
+fills it in a later one (TraderAlice/OpenAlice#1126, seen on a live account)."""
 
 OPEN_WORDS = [
     *sorted(WORKING - {"Unknown", "Filled", "New", "PendingReplace", "Replaced", "PartialFilled"}),
@@ -158,6 +160,7 @@ def rows_of(data: Any, key: str) -> list[Any]:
 def parse_order(row: Mapping[str, Any]) -> OrderReport:
     """An order as REST lists it, or as `push_row` makes it of a push."""
     status = str(row["status"]).removesuffix("Status")
+    is_failed = status in FAILED and (status != "Expired" or row.get("time_in_force") == "Day")
     message = str(row.get("msg") or "").strip()
     contract = to_contract(str(row["symbol"]))
     price = _number(row.get("price"))
@@ -167,7 +170,7 @@ def parse_order(row: Mapping[str, Any]) -> OrderReport:
         qty=_required(row, "quantity"),
         filled_qty=_number(row.get("executed_quantity")),
         avg_price=_number(row.get("executed_price")),
-        error_reason=(message or status) if status in FAILED else "",
+        error_reason=(message or status) if is_failed else "",
         is_canceled=status in CANCELED,
         is_pending_cancel=status in PENDING_CANCEL,
     )
@@ -210,7 +213,8 @@ def parse_readable(rows: Iterable[Mapping[str, Any]]) -> list[OrderReport]:
 
 
 def push_row(event: Any) -> dict[str, Any]:
-    """The SDK's PushOrderChanged in the words of REST. A push has no time in force."""
+    """The SDK's PushOrderChanged in the words of REST. A push has no time in force, so it does not
+    tell whether Expired is the end: whoever asks for the order is told by REST."""
     return {
         "order_id": event.order_id,
         "status": name_of(event.status),

@@ -299,7 +299,7 @@ class TestWire:
             wire_server.status_words[order_id] = status
             exchange.orders[order_id].reason = "its words"
             exchange.fill(order_id, 5, "12.30")
-            if not asked:
+            if not asked and status != "ExpiredStatus":  # a push does not tell that it is the end
                 exchange.forget(order_id)  # from now on only the push can have told
             node = trader.wait_order(order_id, filledQty=5)
             nodes.append({name: value for name, value in node.items() if name != "orderId"})
@@ -309,6 +309,27 @@ class TestWire:
         assert queried["isCanceled"] is canceled
         assert queried["errorReason"] == ("its words" if failed else "")
         assert queried["isCompleted"] is (canceled or failed)
+
+    def test_an_order_until_cancelled_outlives_the_word_expired(
+        self, wire: tuple[Desk, Exchange], wire_server: LongPort
+    ) -> None:
+        """LongBridge says it between two sessions (TraderAlice/OpenAlice#1126)."""
+        desk, exchange = wire
+        trader = desk.served()
+        wait_for(lambda: [c for c in wire_server.connected("trade") if c.topics], "the pushes")
+        order_ids = [trader.placed(ORDER | {"timeInForce": "GTC"}) for _ in range(2)]
+        for order_id in order_ids:
+            wire_server.status_words[order_id] = "ExpiredStatus"
+            exchange.fill(order_id, 5, "12.30")  # pushes the word
+            node = trader.wait_order(order_id, filledQty=5)
+            assert (node["errorReason"], node["isCompleted"]) == ("", False)
+        filled, cancelled = order_ids
+        assert trader.cancel(cancelled).ok
+        trader.wait_order(cancelled, isCanceled=False, isCompleted=False)  # still called Expired
+        del wire_server.status_words[cancelled], wire_server.status_words[filled]
+        trader.wait_order(cancelled, isCanceled=True)
+        exchange.fill(filled, 7, "12.30")
+        trader.wait_order(filled, isFilled=True)
 
     def test_quotes(self, wire: tuple[Desk, Exchange], wire_server: LongPort) -> None:
         desk, exchange = wire

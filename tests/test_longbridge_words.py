@@ -195,7 +195,7 @@ STATUSES = {
     "PendingCancelStatus": (False, True, False),
     "RejectedStatus": (False, False, True),
     "CanceledStatus": (True, False, False),
-    "ExpiredStatus": (False, False, True),
+    "ExpiredStatus": (False, False, False),  # of an order until cancelled
     "PartialWithdrawal": (True, False, False),
     "SomethingNew": (False, False, False),
 }
@@ -261,7 +261,8 @@ def test_a_filled_order_and_what_is_left_empty() -> None:
     )
     assert report.order.is_filled and report.order.error_reason == ""
     assert (report.price, report.lifecycle, report.order_type) == (None, None, None)
-    assert words.parse_order(row("ExpiredStatus", msg="")).order.error_reason == "Expired"
+    of_the_day = row("ExpiredStatus", msg="", time_in_force="Day")
+    assert words.parse_order(of_the_day).order.error_reason == "Expired"
     empty = words.parse_order(row("NewStatus", executed_quantity="", executed_price=None)).order
     assert (empty.filled_qty, empty.avg_price) == (0, 0)
     for bad in ({"quantity": "NaN"}, {"quantity": ""}, {"quantity": None}, {"order_id": None}):
