@@ -32,7 +32,7 @@ from httptrading.model import (
     UnifiedStatus,
     Unit,
 )
-from httptrading.tickers import canonical_ticker, cn_currency, cn_exchange
+from httptrading.tickers import canonical_ticker, cn_currency, cn_exchange, hk_currency
 
 TO_ORDER_TYPE = {OrderType.Limit: "NORMAL", OrderType.Market: "MARKET"}
 FROM_ORDER_TYPE = {word: ours for ours, word in TO_ORDER_TYPE.items()}
@@ -276,11 +276,11 @@ def parse_cash(row: Mapping[str, Any], currency: str, alone: bool) -> Number | N
 
 
 def quote_currency(contract: Contract) -> str:
-    """A snapshot does not tell it: by the code, of which Hong Kong's 8xxxx are counters in yuan."""
+    """A snapshot does not tell it: by the code."""
     if contract.region == "CN":
         return cn_currency(contract.ticker)
-    if contract.region == "HK" and contract.ticker.startswith("8"):
-        return "CNY"
+    if contract.region == "HK":
+        return hk_currency(contract.ticker)
     return CURRENCIES[contract.region]
 
 

@@ -29,7 +29,7 @@ from httptrading.model import (
     TradeType,
     UnifiedStatus,
 )
-from httptrading.tickers import canonical_ticker
+from httptrading.tickers import canonical_ticker, hk_currency
 
 # --- tables -----------------------------------------------------------------------------------
 TO_ORDER_TYPE = {OrderType.Limit: "LMT", OrderType.Market: "MKT"}
@@ -282,13 +282,14 @@ def parse_fill(transaction: Any) -> Fill:
 
 
 def parse_quote(contract: Contract, brief: Mapping[str, Any]) -> Quote | None:
-    """One item of quote_real_time; None when there is no price or no time in it."""
+    """One item of quote_real_time, which tells no currency; None when there is no price or no time
+    in it."""
     latest, time = number(brief.get("latestPrice")), moment(brief.get("latestTime"))
     if latest is None or time is None:
         return None
     return Quote(
         contract=contract,
-        currency=CURRENCIES[contract.region],
+        currency=hk_currency(contract.ticker) if contract.region == "HK" else "USD",
         is_tradable=brief.get("status") not in UNTRADABLE,
         latest=latest,
         pre_close=number(brief.get("preClose")) or 0,

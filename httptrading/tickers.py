@@ -46,6 +46,23 @@ def cn_currency(ticker: str) -> str:
     return "HKD" if ticker.startswith(("200", "201")) else "CNY"
 
 
+# Hong Kong's counters in dollars: exchange traded funds only, under the last three digits of their
+# counter in Hong Kong dollars (28xx, 30xx, 31xx, 34xx); other codes with a 9 are shares (09988).
+_HK_DOLLARS = re.compile(r"09(?:[01][0-9]|4[0-9]|8[0-4])[0-9]")
+
+
+def hk_currency(ticker: str) -> str:
+    """What a five-digit code is quoted in: 8xxxx are counters in yuan (hkex.com.hk, Stock Code
+    Allocation Plan and Multiple Counter Model for ETFs).
+
+    >>> hk_currency("00700"), hk_currency("80700"), hk_currency("09839"), hk_currency("09988")
+    ('HKD', 'CNY', 'USD', 'HKD')
+    """
+    if ticker.startswith("8"):
+        return "CNY"
+    return "USD" if _HK_DOLLARS.fullmatch(ticker) else "HKD"
+
+
 def canonical_ticker(region: str, text: str) -> str:
     """The one form in which a ticker is stored, compared and shown; ValueError says what is wrong.
 

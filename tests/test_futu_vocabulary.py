@@ -249,6 +249,7 @@ def test_quotes_know_their_own_time_and_halts() -> None:
 def test_a_quote_is_in_the_currency_of_its_code() -> None:
     """Qot_GetSecuritySnapshot.proto has none."""
     told = {"US.AAPL": "USD", "HK.00700": "HKD", "HK.80700": "CNY", "SH.600519": "CNY"}
+    told |= {"HK.09839": "USD", "HK.09040": "USD", "HK.09439": "USD", "HK.09988": "HKD"}
     told |= {"SH.900901": "USD", "SZ.200012": "HKD", "SZ.201872": "HKD", "SH.204001": "CNY"}
     for code, currency in told.items():
         contract = words.to_contract(code, "N/A")

@@ -987,6 +987,14 @@ def test_a_quote_becomes_no_table(
     assert not made
 
 
+def test_a_quote_is_in_the_currency_of_its_counter(quotes: Any, exchange: Exchange) -> None:
+    """Tiger does not tell it; Hong Kong trades in three."""
+    told = {"00700": "HKD", "80700": "CNY", "09839": "USD", "09988": "HKD"}
+    for ticker, currency in told.items():
+        exchange.quote("HK", ticker)
+        assert quotes.quote(contract(ticker, "HK")).currency == currency
+
+
 def test_a_quote_without_a_price(quotes: Any, exchange: Exchange) -> None:
     exchange.quote("US", "AAPL", latest=Decimal("NaN"))
     with pytest.raises((Rejected, BrokerUnavailable)):
