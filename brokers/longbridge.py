@@ -45,7 +45,6 @@ from httptrading.brokers.longbridge_words import (
     UNKNOWN_ORDER_CODE,
     CodedRejection,
     asked_currency,
-    beyond,
     name_of,
     parse_cash,
     parse_fill,
@@ -466,11 +465,8 @@ class LongBridge(BaseBroker):
         data = await self._get("/v1/trade/order/today")
         with _reading():
             rows = rows_of(data, "orders")
-        for query in (
-            _range(now - LISTING_DAYS, now),
-            _range(now - HISTORY, now) | {"status": OPEN_WORDS},
-        ):
-            rows += await self._pages("order", "orders", "submitted_at", query)
+        rows += await self._history("order", "orders", now - LISTING_DAYS, now)
+        rows += await self._history("order", "orders", now - HISTORY, now, status=OPEN_WORDS)
         with _reading():
             # Today's list first: of an order in several, it has the latest.
             reports = [parse_listed(row) for row in reversed(rows)]
@@ -482,30 +478,34 @@ class LongBridge(BaseBroker):
         with _reading():
             rows = rows_of(data, "trades")
         now = datetime.now(UTC)
-        rows += await self._pages(
-            "execution", "trades", "trade_done_at", _range(now - HISTORY, now)
-        )
+        rows += await self._history("execution", "trades", now - HISTORY, now)
         with _reading():
             mine = [row for row in rows if str(row["order_id"]) == order_id]
             return list({row["trade_id"]: parse_fill(row) for row in mine}.values())
 
-    async def _pages(
-        self, what: str, key: str, moment: str, query: dict[str, str | Sequence[str]]
+    async def _history(
+        self, what: str, key: str, begin: datetime, end: datetime, **more: Sequence[str]
     ) -> list[dict[str, Any]]:
-        """Every row of a history request, whichever end its pages begin at."""
+        """Every row of a history request. An answer has 1000 at most, in no order that would tell
+        which ones (longbridge/openapi#143): of a span with more, both halves are asked for."""
         rows: list[dict[str, Any]] = []
-        while True:
+        spans = [(int(begin.timestamp()), round(end.timestamp()))]
+        while spans:
+            first, last = spans.pop()
             await self._another_slot()
+            query: Query = {"start_at": str(first), "end_at": str(last), **more}
             data = await self._get(f"/v1/trade/{what}/history", query)
             with _reading():
                 page = rows_of(data, key)
+                is_whole = not (page and data.get("has_more"))
+            if is_whole:
                 rows += page
-                if not data.get("has_more") or not page:
-                    return rows
-                rest = beyond([row.get(moment) for row in page])
-            if rest.items() <= query.items():
+            elif last - first < 2:
                 raise TimedOut(f"LongBridge's {what} history does not end; try again")
-            query = {**query, **rest}
+            else:
+                middle = (first + last) // 2
+                spans += [(first, middle), (middle, last)]
+        return rows
 
     async def _another_slot(self) -> None:
         """For a further trade call within one operation."""
@@ -639,7 +639,3 @@ def _check_order_id(order_id: str) -> None:
     """LongPort documents a text; so far all have been 18 digits."""
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", order_id):
         raise OrderNotFound(f"LongBridge has no order ids like {order_id[:40]!r}")
-
-
-def _range(begin: datetime, end: datetime) -> dict[str, str | Sequence[str]]:
-    return {"start_at": f"{begin.timestamp():.0f}", "end_at": f"{end.timestamp():.0f}"}

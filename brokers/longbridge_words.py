@@ -269,17 +269,6 @@ def _known(word: Any, kind: type[_Result]) -> _Result | None:
     return value if isinstance(value, kind) else None
 
 
-def beyond(moments: Iterable[Any]) -> dict[str, str]:
-    """What to ask of a history after a page with these moments, whole seconds that are asked again:
-    what they were cut from may be later. The documentation does not say whether pages begin with
-    the latest rows or the oldest. ValueError when they do not tell."""
-    known = [each for each in map(epoch_seconds, moments) if each is not None]
-    if not known:
-        raise ValueError("no moment")
-    oldest_first = known[0] < known[-1]
-    return {"start_at": str(max(known))} if oldest_first else {"end_at": str(min(known) + 1)}
-
-
 def _moment(value: Any) -> datetime | None:
     """Epoch seconds from REST; from the SDK a naive time in this machine's zone
     (python/src/time.rs). None where there is none, or none that can be read."""

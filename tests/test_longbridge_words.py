@@ -441,14 +441,6 @@ def test_what_refusals_mean(status: int, code: int, kind: type[Exception]) -> No
         assert (found.text, found.longport_code) == (f"its words (LongBridge code {code})", code)
 
 
-def test_where_a_history_goes_on() -> None:
-    assert words.beyond(["9", "7", "5"]) == {"end_at": "6"}
-    assert words.beyond(["5", None, "9"]) == {"start_at": "9"}
-    assert words.beyond(["5"]) == {"end_at": "6"}
-    with pytest.raises(ValueError):
-        words.beyond([None, "soon"])
-
-
 def test_envelopes() -> None:
     assert read_envelope(200, b'{"code":0,"message":"","data":{"a":1}}') == {"a": 1}
     with pytest.raises(Refused) as refused:
