@@ -160,7 +160,8 @@ def rows_of(data: Any, key: str) -> list[Any]:
 def parse_order(row: Mapping[str, Any]) -> OrderReport:
     """An order as REST lists it, or as `push_row` makes it of a push."""
     status = str(row["status"]).removesuffix("Status")
-    is_failed = status in FAILED and (status != "Expired" or row.get("time_in_force") == "Day")
+    time_in_force = _time_in_force(row)
+    is_failed = status in FAILED and (status != "Expired" or time_in_force is TimeInForce.DAY)
     message = str(row.get("msg") or "").strip()
     contract = to_contract(str(row["symbol"]))
     price = _number(row.get("price"))
@@ -181,10 +182,19 @@ def parse_order(row: Mapping[str, Any]) -> OrderReport:
         direction=_known(row.get("side"), str),
         order_type=_known(row.get("order_type"), OrderType),
         price=price or None,
-        time_in_force=_known(row.get("time_in_force"), TimeInForce),
+        time_in_force=time_in_force,
         lifecycle=_known(row.get("outside_rth"), Lifecycle),
         time=_moment(row.get("submitted_at")),
     )
+
+
+def _time_in_force(row: Mapping[str, Any]) -> TimeInForce | None:
+    """None where the row's tag, `Normal` or `Gtc` for a long-term order, says otherwise: lists have
+    had Day and GTC the wrong way round (longbridge/openapi#247)."""
+    told = _known(row.get("time_in_force"), TimeInForce)
+    tag = str(row.get("tag") or "").upper()
+    other = {"GTC": TimeInForce.DAY, "NORMAL": TimeInForce.GTC}.get(tag)
+    return None if told is other else told
 
 
 def parse_listed(row: Mapping[str, Any]) -> OrderReport:

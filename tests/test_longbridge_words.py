@@ -270,6 +270,26 @@ def test_a_filled_order_and_what_is_left_empty() -> None:
             words.parse_order(row("NewStatus", **bad))
 
 
+@pytest.mark.parametrize(
+    ("word", "tag", "told", "ends"),
+    [
+        ("Day", "Normal", TimeInForce.DAY, True),
+        ("Day", "Grey", TimeInForce.DAY, True),
+        ("Day", None, TimeInForce.DAY, True),
+        ("GTC", "Gtc", TimeInForce.GTC, False),
+        ("GTC", "GTC", TimeInForce.GTC, False),
+        ("GTD", "Gtc", None, False),
+        ("Day", "Gtc", None, False),  # lists have had the two the wrong way round
+        ("GTC", "Normal", None, False),
+    ],
+)
+def test_how_long_an_order_works(
+    word: str, tag: str | None, told: TimeInForce | None, ends: bool
+) -> None:
+    report = words.parse_order(row("ExpiredStatus", time_in_force=word, tag=tag))
+    assert (report.time_in_force, report.order.is_completed) == (told, ends)
+
+
 @pytest.mark.parametrize("moment", ["soon", "1e99", "9" * 30, 1e300, [], {}, None, "", "0"])
 def test_a_time_that_cannot_be_read_is_none(moment: object) -> None:
     assert words.parse_order(row("NewStatus", submitted_at=moment)).time is None
