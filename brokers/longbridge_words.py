@@ -165,11 +165,14 @@ def parse_order(row: Mapping[str, Any]) -> OrderReport:
     message = str(row.get("msg") or "").strip()
     contract = to_contract(str(row["symbol"]))
     price = _number(row.get("price"))
+    qty = _required(row, "quantity")
+    # Paper accounts call orders Filled without an executed quantity (longbridge/openapi-go#61).
+    filled_qty = _number(row.get("executed_quantity")) or (qty if status == "Filled" else 0)
     order = Order(
         order_id=_order_id(row),
         currency=str(row.get("currency") or ""),
-        qty=_required(row, "quantity"),
-        filled_qty=_number(row.get("executed_quantity")),
+        qty=qty,
+        filled_qty=filled_qty,
         avg_price=_number(row.get("executed_price")),
         error_reason=(message or status) if is_failed else "",
         is_canceled=status in CANCELED,
@@ -365,7 +368,10 @@ ACCESS_CODES = {
 DUPLICATE_CODE = 403202
 UNKNOWN_ORDER_CODE = 602001  # "param check failed"; for an order id: not (yet) known
 QUOTE_RATE_CODE = 301606
-QUOTE_SERVER_CODE = 301602  # "server error, try again" (open.longportapp.com/docs/error-codes)
+# Of an error within LongBridge: "server error, try again" (open.longportapp.com/docs/error-codes).
+# The second came with the words (longbridge/developers#1256), others do (longbridge/openapi#484).
+SERVER_CODES = {301602, 602023}
+SERVER_WORDS = ("internal server error", "internal error")
 
 
 class CodedRejection(Rejected):
@@ -389,7 +395,9 @@ def refusal(refused: Refused, token_file: Path) -> Exception:
     if code in ACCESS_CODES:
         return BrokerUnavailable(f"LongBridge refuses access: {ACCESS_CODES[code]}")
     if (
-        code in (DUPLICATE_CODE, QUOTE_SERVER_CODE)
+        code == DUPLICATE_CODE
+        or code in SERVER_CODES
+        or refused.message.strip().lower() in SERVER_WORDS
         or refused.status >= 500
         or 500000 <= code < 501000
     ):

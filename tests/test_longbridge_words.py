@@ -247,6 +247,18 @@ def test_the_sdk_has_no_status_that_the_table_lacks() -> None:
     assert {word.removesuffix("Status") for word in words.OPEN_WORDS} == known - final
 
 
+@pytest.mark.parametrize("executed", ["0", "", None])
+def test_an_order_filled_without_a_quantity(executed: str | None) -> None:
+    """As paper accounts tell it, in lists and pushes (longbridge/openapi-go#61)."""
+    empty: dict[str, Any] = {"executed_quantity": executed, "executed_price": executed}
+    order = words.parse_order(row("FilledStatus", **empty)).order
+    assert (order.filled_qty, order.is_filled, order.avg_price) == (12, True, 0)
+    pushed = SimpleNamespace(**(vars(push("FilledStatus")) | dict.fromkeys(empty, Decimal(0))))
+    assert words.parse_order(words.push_row(pushed)).order == order
+    for word in ("PartialFilledStatus", "CanceledStatus", "NewStatus"):
+        assert words.parse_order(row(word, **empty)).order.filled_qty == 0
+
+
 def test_a_filled_order_and_what_is_left_empty() -> None:
     report = words.parse_order(
         row(
@@ -445,6 +457,8 @@ def test_what_is_wrong_with_a_token_is_said(code: int) -> None:
         (403, 403205, BrokerUnavailable),
         (403, 403202, NoAnswer),  # a duplicate of what may have been done
         (0, 301602, NoAnswer),
+        (200, 602023, NoAnswer),  # "internal server error"
+        (400, 602023, NoAnswer),
         (500, 602001, NoAnswer),
         (200, 500000, NoAnswer),
         (200, 501000, words.CodedRejection),
@@ -459,6 +473,11 @@ def test_what_refusals_mean(status: int, code: int, kind: type[Exception]) -> No
     assert type(found) is kind
     if isinstance(found, words.CodedRejection):
         assert (found.text, found.longport_code) == (f"its words (LongBridge code {code})", code)
+
+
+def test_an_error_within_longbridge_is_no_refusal() -> None:
+    found = words.refusal(Refused(0, 14, "Internal server error"), Path("token.toml"))
+    assert type(found) is NoAnswer
 
 
 def test_envelopes() -> None:
