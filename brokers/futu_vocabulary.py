@@ -32,7 +32,7 @@ from httptrading.model import (
     UnifiedStatus,
     Unit,
 )
-from httptrading.tickers import canonical_ticker, cn_currency, cn_exchange, hk_currency
+from httptrading.tickers import canonical_ticker, cn_exchange, currency_of
 
 TO_ORDER_TYPE = {OrderType.Limit: "NORMAL", OrderType.Market: "MARKET"}
 FROM_ORDER_TYPE = {word: ours for ours, word in TO_ORDER_TYPE.items()}
@@ -275,19 +275,10 @@ def parse_cash(row: Mapping[str, Any], currency: str, alone: bool) -> Number | N
     return number(row["cash"]) if alone else None
 
 
-def quote_currency(contract: Contract) -> str:
-    """A snapshot does not tell it: by the code."""
-    if contract.region == "CN":
-        return cn_currency(contract.ticker)
-    if contract.region == "HK":
-        return hk_currency(contract.ticker)
-    return CURRENCIES[contract.region]
-
-
 def parse_quote(row: Mapping[str, Any], contract: Contract) -> Quote:
     return Quote(
         contract=contract,
-        currency=quote_currency(contract),
+        currency=currency_of(contract.region, contract.ticker),  # a snapshot does not tell it
         is_tradable=row["sec_status"] in ("NORMAL", "N/A") and not row["suspension"],
         latest=number(row["last_price"]),
         pre_close=number(row["prev_close_price"]),

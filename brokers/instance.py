@@ -78,6 +78,7 @@ from httptrading.model import (
     Quote,
     exact,
 )
+from httptrading.tickers import currency_of
 
 log = logging.getLogger("httptrading.instance")
 
@@ -642,8 +643,13 @@ class Instance:
             request.qty,
             None if request.price is None else float(request.price),
         )
-        currency = CURRENCIES.get(request.contract.region, "")
+        region = request.contract.region
+        currency = currency_of(region, request.contract.ticker)
         largest = self.settings.largest_order(currency)
+        if largest is None and currency != CURRENCIES[region]:
+            # A counter in another currency is not without limit where its market has one.
+            currency = CURRENCIES[region]
+            largest = self.settings.largest_order(currency)
         if largest is None:
             return
         price = request.price

@@ -46,7 +46,6 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from httptrading.brokers.group_commit import GroupCommit, NotThatSimple
 from httptrading.errors import Busy
 from httptrading.model import (
-    CURRENCIES,
     Contract,
     Fill,
     Lifecycle,
@@ -58,6 +57,7 @@ from httptrading.model import (
     TradeType,
     exact,
 )
+from httptrading.tickers import currency_of
 
 log = logging.getLogger("httptrading.journal")
 
@@ -379,7 +379,7 @@ class Journal:
             "price": _text(request.price),
             "asked_qty": _text(request.qty),
             "qty": _text(request.qty),
-            "currency": CURRENCIES.get(request.contract.region, ""),
+            "currency": currency_of(request.contract.region, request.contract.ticker),
             "filled_qty": "0",
             "avg_price": "0",
             "priced_qty": "0",

@@ -26,7 +26,7 @@ from httptrading.model import (
     TimeInForce,
     TradeType,
 )
-from httptrading.tickers import cn_currency
+from httptrading.tickers import currency_of
 
 log = logging.getLogger("httptrading.longbridge")
 
@@ -113,9 +113,7 @@ def usual_currency(contract: Contract) -> str | None:
     USD beside those in HKD)."""
     if contract.region == "HK":
         return None
-    if contract.region == "CN":
-        return cn_currency(contract.ticker)
-    return CURRENCIES[contract.region]
+    return currency_of(contract.region, contract.ticker)
 
 
 # --- pure: orders -----------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from httptrading.model import (
     TradeType,
     UnifiedStatus,
 )
-from httptrading.tickers import canonical_ticker, hk_currency
+from httptrading.tickers import canonical_ticker, currency_of
 
 # --- tables -----------------------------------------------------------------------------------
 TO_ORDER_TYPE = {OrderType.Limit: "LMT", OrderType.Market: "MKT"}
@@ -289,7 +289,7 @@ def parse_quote(contract: Contract, brief: Mapping[str, Any]) -> Quote | None:
         return None
     return Quote(
         contract=contract,
-        currency=hk_currency(contract.ticker) if contract.region == "HK" else "USD",
+        currency=currency_of(contract.region, contract.ticker),
         is_tradable=brief.get("status") not in UNTRADABLE,
         latest=latest,
         pre_close=number(brief.get("preClose")) or 0,

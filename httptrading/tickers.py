@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from httptrading.model import CURRENCIES
+
 _US = re.compile(r"([A-Z0-9]{1,6})(?:[.\-/ ]([A-Z0-9]{1,4}))?")
 _HK = re.compile(r"[0-9]{1,5}")
 _CN = re.compile(r"[0-9]{6}")
@@ -35,32 +37,30 @@ def cn_exchange(ticker: str) -> str:
     raise ValueError(f"{ticker} is no known CN code")
 
 
-def cn_currency(ticker: str) -> str:
-    """What a six-digit code is quoted in: B shares are not in yuan.
-
-    >>> cn_currency("600519"), cn_currency("900901"), cn_currency("200012")
-    ('CNY', 'USD', 'HKD')
-    """
-    if ticker.startswith("900"):
-        return "USD"
-    return "HKD" if ticker.startswith(("200", "201")) else "CNY"
-
-
 # Hong Kong's counters in dollars: exchange traded funds only, under the last three digits of their
 # counter in Hong Kong dollars (28xx, 30xx, 31xx, 34xx); other codes with a 9 are shares (09988).
 _HK_DOLLARS = re.compile(r"09(?:[01][0-9]|4[0-9]|8[0-4])[0-9]")
 
 
-def hk_currency(ticker: str) -> str:
-    """What a five-digit code is quoted in: 8xxxx are counters in yuan (hkex.com.hk, Stock Code
-    Allocation Plan and Multiple Counter Model for ETFs).
+def currency_of(region: str, ticker: str) -> str:
+    """What a ticker is quoted in: not always its region's currency. Hong Kong's 8xxxx are counters
+    in yuan (hkex.com.hk, Stock Code Allocation Plan and Multiple Counter Model for ETFs), B shares
+    are in dollars of the one or the other kind.
 
-    >>> hk_currency("00700"), hk_currency("80700"), hk_currency("09839"), hk_currency("09988")
-    ('HKD', 'CNY', 'USD', 'HKD')
+    >>> [currency_of("HK", code) for code in ("00700", "80700", "09839", "09988")]
+    ['HKD', 'CNY', 'USD', 'HKD']
+    >>> [currency_of("CN", code) for code in ("600519", "900901", "200012")]
+    ['CNY', 'USD', 'HKD']
     """
-    if ticker.startswith("8"):
+    if region == "HK" and ticker.startswith("8"):
         return "CNY"
-    return "USD" if _HK_DOLLARS.fullmatch(ticker) else "HKD"
+    if region == "HK":
+        return "USD" if _HK_DOLLARS.fullmatch(ticker) else "HKD"
+    if region == "CN" and ticker.startswith("900"):
+        return "USD"
+    if region == "CN":
+        return "HKD" if ticker.startswith(("200", "201")) else "CNY"
+    return CURRENCIES[region]
 
 
 def canonical_ticker(region: str, text: str) -> str:

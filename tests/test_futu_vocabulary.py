@@ -20,6 +20,7 @@ from httptrading.model import (
     TradeType,
     UnifiedStatus,
 )
+from httptrading.tickers import currency_of
 
 
 def order_row(**changes: Any) -> dict[str, Any]:
@@ -253,7 +254,8 @@ def test_a_quote_is_in_the_currency_of_its_code() -> None:
     told |= {"SH.900901": "USD", "SZ.200012": "HKD", "SZ.201872": "HKD", "SH.204001": "CNY"}
     for code, currency in told.items():
         contract = words.to_contract(code, "N/A")
-        assert contract is not None and words.quote_currency(contract) == currency
+        assert contract is not None
+        assert currency_of(contract.region, contract.ticker) == currency
 
 
 def account_row(acc_id: int, markets: list[str], **changes: Any) -> dict[str, Any]:

@@ -998,6 +998,10 @@ def test_max_order_value(tmp_path: Path) -> None:
         assert trader.place({**LIMIT_ORDER, "price": 100, "qty": 10}, key="k").ok
         hong_kong = {**LIMIT_ORDER, "region": "HK", "ticker": "700", "price": 1, "qty": 51}
         assert trader.place(hong_kong).code == "UNSUPPORTED"
+        for counter in ("09839", "80700"):  # in dollars, and in yuan
+            order = {**hong_kong, "ticker": counter}
+            assert trader.place({**order, "qty": 1001}).code == "UNSUPPORTED"
+            assert trader.place({**order, "qty": 1000}).ok == (counter == "09839")
         market = {**LIMIT_ORDER, "orderType": "Market", "qty": 87}  # the quote is 11.53
         del market["price"]
         assert trader.place(market).code == "UNSUPPORTED"
