@@ -33,9 +33,14 @@ HTTP_STATUS = {
 }
 
 
+_NOT_STORED = ("Cache-Control", "no-store")
+"""Without it a shared cache keeps a 404 as well (RFC 9111 4.2.2, RFC 9110 15.1; Varnish for 120 s)
+and hands a stranger's to the owner: it does not know that the token decides."""
+
+
 def not_found() -> Response:
     """One answer, byte for byte, to whoever has no business here."""
-    return Response(b"Not Found\n", 404, content_type="text/plain")
+    return Response(b"Not Found\n", 404, (("Content-Type", "text/plain"), _NOT_STORED))
 
 
 def envelope(broker: BaseBroker, ex: str | None, time: datetime | None = None) -> dict[str, Any]:
@@ -49,7 +54,7 @@ def envelope(broker: BaseBroker, ex: str | None, time: datetime | None = None) -
     }
 
 
-_HEADERS = (("Content-Type", "application/json"), ("Cache-Control", "no-store"))
+_HEADERS = (("Content-Type", "application/json"), _NOT_STORED)
 
 
 def json_answer(body: Mapping[str, Any], status: int = 200) -> Response:
