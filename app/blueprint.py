@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 from flask import Blueprint, Request, Response, request
@@ -227,16 +228,16 @@ def make_blueprint(service: Service, url_prefix: str) -> Blueprint:
     blueprint.record(take_every_method)
     blueprint.add_url_rule("/healthz", "healthz", lambda: json_answer({"status": "ok"}))
     blueprint.add_url_rule("/metrics", "metrics", service.metrics_page)
-    documents: dict[str, str] = {}
 
-    def openapi() -> Response:
+    @lru_cache(8)  # the same blueprint may stand below several prefixes, and its host below others
+    def document(prefix: str) -> str:
         from httptrading.app.openapi import openapi_document  # apispec costs the start time
 
-        rule = str(request.url_rule)
-        if rule not in documents:  # the same blueprint may stand below several prefixes
-            prefix = rule.removesuffix("/openapi.json")
-            documents[rule] = dump_json(openapi_document(service.settings, prefix))
-        return Response(documents[rule], 200, content_type="application/json")
+        return dump_json(openapi_document(service.settings, prefix))
+
+    def openapi() -> Response:
+        prefix = request.script_root + str(request.url_rule).removesuffix("/openapi.json")
+        return Response(document(prefix), 200, content_type="application/json")
 
     blueprint.add_url_rule("/openapi.json", "openapi", openapi)
     return blueprint

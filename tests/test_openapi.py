@@ -135,6 +135,9 @@ def test_the_prefix_and_the_header_are_those_of_the_service(tmp_path: Any) -> No
         assert all(path.startswith(f"{prefix}/") for path in document["paths"])
         assert document["components"]["securitySchemes"]["token"]["name"] == "X-Key"
         assert app.test_client().get(f"{prefix}/healthz").status_code == 200
+    # The host may be mounted itself (DispatcherMiddleware, a proxy's X-Forwarded-Prefix).
+    mounted = app.test_client().get("/trade/openapi.json", base_url="http://localhost/host")
+    assert all(path.startswith("/host/trade/") for path in mounted.get_json()["paths"])
 
 
 def check_answer(document: dict[str, Any], path: str, answer: Answer) -> None:
