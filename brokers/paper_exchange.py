@@ -323,7 +323,13 @@ class PaperExchange:
                     "The paper account's file cannot be read or written (is the disk full?); "
                     "nothing was changed"
                 ) from error
-            db.commit()
+            try:
+                db.commit()
+            except sa.exc.DBAPIError:
+                # SQLite does not show what it could not sync, but finds the whole of it in its log
+                # when it opens the file again: rather now than after a restart.
+                db.invalidate()
+                raise
 
     @contextmanager
     def _account(self) -> Iterator[_Account]:
