@@ -114,7 +114,8 @@ def _order(value: Any) -> Order | OrderReport:
     return _report(value) if isinstance(value, OrderReport) else _bare_order(value)
 
 
-def _bare_order(value: Any) -> Order:
+def _bare_order(value: Any, *, mark: str = "") -> Order:
+    """One with a mark may have no id yet: left out of a listing it would count as not placed."""
     order: Order = _of(value, Order, "an order")
     for name in ("qty", "filled_qty", "avg_price"):
         _number(getattr(order, name), name)
@@ -122,7 +123,7 @@ def _bare_order(value: Any) -> Order:
     _of(order.is_canceled, bool, "is_canceled")
     _of(order.is_pending_cancel, bool, "is_pending_cancel")
     reason = _words(order.error_reason or "", "error_reason")
-    order_id = _placed(order.order_id)
+    order_id = "" if mark and order.order_id == "" else _placed(order.order_id)
     if (order_id, reason) != (order.order_id, order.error_reason):
         order = replace(order, order_id=order_id, error_reason=reason)
     return order
@@ -130,8 +131,8 @@ def _bare_order(value: Any) -> Order:
 
 def _report(value: Any) -> OrderReport:
     report: OrderReport = _of(value, OrderReport, "an order report")
-    order = _bare_order(report.order)
     mark = _words(report.mark, "mark")
+    order = _bare_order(report.order, mark=mark)
     if report.contract is not None:
         _contract(report.contract)
     if report.price is not None:

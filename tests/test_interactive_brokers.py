@@ -649,6 +649,7 @@ def test_an_order_of_ours_without_a_permanent_id_is_not_missing(
             exchange.wait_for(lambda least=listings: len(exchange.received("fills")) > least)
             again = trader.place(limit(), key="cut", timeout=1)
             assert again.code in {"OUTCOME_UNKNOWN", "BROKER_UNAVAILABLE"}, again
+        assert trader.orders()["orders"] == []  # nor in the way of others
         tws.unnumbered.clear()
         answer = until(lambda: trader.place(limit(), key="cut", timeout=1))
     assert answer["orderId"] == at_exchange().order_id
