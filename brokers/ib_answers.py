@@ -12,7 +12,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from httptrading.brokers.ib_book import CANCEL_CONFIRMED
+from httptrading.brokers.ib_book import CANCEL_CONFIRMED, UNSET
 from httptrading.errors import HttpTradingError, RateLimited, Rejected, Unsupported
 from httptrading.model import Contract, Quote, exact
 
@@ -62,7 +62,7 @@ class Ticks:
 
     def price(self, tick: int, price: float, _size: float = 0.0) -> None:
         """-1 and 0 mean that there is none; ticks of bids, asks and other things are left out."""
-        if tick in PRICE_TICKS and 0 < price < 1e15:
+        if tick in PRICE_TICKS and 0 < price < UNSET:
             self.prices[PRICE_TICKS[tick]] = exact(price)
 
     def string(self, tick: int, value: str) -> None:
@@ -164,6 +164,6 @@ def balance(currency: str, balances: dict[str, str]) -> Decimal:
         amount = Decimal(text)
     except InvalidOperation:
         amount = Decimal("NaN")
-    if not amount.is_finite():
+    if not amount.is_finite() or abs(amount) >= UNSET:
         raise Rejected(f"TWS tells no amount of {currency}, but {text!r}")
     return amount

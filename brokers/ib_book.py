@@ -65,9 +65,13 @@ SIDES = {"BOT": "BUY", "SLD": "SELL"}  # of executions
 OVERNIGHT_VENUE = "OVERNIGHT"
 
 
+UNSET = 1e15
+"""From here on a number is none: an unset one arrives as 1.7976931348623157E308."""
+
+
 def quantity(value: float) -> Decimal:
-    """A quantity as decimal; 0 for an unset one, which arrives as a huge number."""
-    return exact(value) if 0 < value < 1e15 else Decimal(0)
+    """A quantity as decimal; 0 for an unset one."""
+    return exact(value) if 0 < value < UNSET else Decimal(0)
 
 
 def region_of(currency: str, *exchanges: str) -> str | None:

@@ -29,7 +29,7 @@ from httptrading.brokers.ib_answers import (
     execution_time,
     refusal,
 )
-from httptrading.brokers.ib_book import BookedOrder, OrderBook, is_refusal
+from httptrading.brokers.ib_book import UNSET, BookedOrder, OrderBook, is_refusal
 from httptrading.brokers.sockets import Options, acknowledge_at_once, drop_unsent_at_end
 from httptrading.errors import BrokerUnavailable, HttpTradingError, Rejected, TimedOut
 from httptrading.model import Fill, Order
@@ -64,8 +64,9 @@ HUNG_UP = "TWS closed the connection"
 
 EXECUTION = 11
 EXECUTION_TIME = 15  # its field (decoder.py, execDetails)
-ORDER_MESSAGES = (5, EXECUTION, 101)
-"""openOrder, execDetails, completedOrder: one that cannot be read is an order missing in a list."""
+POSITION = 61
+LISTED_MESSAGES = (5, EXECUTION, 101, POSITION)
+"""openOrder, execDetails, completedOrder, position: what cannot be read is missing in a list."""
 
 HEARTBEAT = 20.0
 """Seconds between looks whether a silent TWS is still there, and our open orders."""
@@ -119,7 +120,7 @@ class TwsSession:
         self._lists: list[dict[BookedOrder, None]] = []  # being made, in TWS's order
         self._late: set[str] = set()  # lists that did not come in time for the start
         self._doubtful: set[BookedOrder] = set()  # an error may have ended them
-        self._unread = 0  # messages about orders that could not be read
+        self._unread = 0  # messages about orders and positions that could not be read
         self._quotes: dict[int, Ticks] = {}
         self._heard: dict[int, list[tuple[int, str]]] = {}  # errors about orders being watched
         self._is_live = False  # synchronised, and not closing
@@ -194,7 +195,7 @@ class TwsSession:
             setattr(ib.wrapper, name, self._quote_ear(take, getattr(ib.wrapper, name)))
         handlers = ib.client.decoder.handlers
         handlers[EXECUTION] = self._timed(handlers[EXECUTION])
-        for number in ORDER_MESSAGES:
+        for number in LISTED_MESSAGES:
             handlers[number] = self._counted(handlers[number])
         ib.client.conn.hasData += self._on_data
         ib.client.apiError += self._on_api_error
@@ -453,10 +454,14 @@ class TwsSession:
         return now
 
     async def positions(self) -> list[Any]:
-        """The SDK's positions of all accounts, complete."""
+        """The SDK's positions of all accounts, complete; TimedOut when one could not be read, or
+        has no quantity that is one (an unset number arrives as a huge one)."""
+        unread = self._unread
         held: list[Any] = await self.ask_named("positions", self.ib.reqPositionsAsync)
         if self.is_open:
             self.ib.client.cancelPositions()
+        if self._unread != unread or not all(abs(each.position) < UNSET for each in held):
+            raise TimedOut("TWS told of a position that could not be read")
         return held
 
     def doubt(self) -> None:

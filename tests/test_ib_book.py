@@ -496,9 +496,10 @@ def test_ledger_in_both_spellings() -> None:
 
 def test_balances() -> None:
     known = {"USD": "10.50", "HKD": "", "EUR": "1,234.50", "CHF": "NaN", "BASE": "99"}
+    known["SEK"] = "1.7976931348623157E308"  # unset
     assert balance("USD", known) == Decimal("10.50")
     assert balance("JPY", known) == 0
-    for currency in ("HKD", "EUR", "CHF"):
+    for currency in ("HKD", "EUR", "CHF", "SEK"):
         with pytest.raises(Rejected, match=f"no amount of {currency}"):
             balance(currency, known)
     with pytest.raises(Rejected, match="total of 99"):

@@ -861,6 +861,19 @@ def test_a_position_that_is_closed_while_positions_are_listed(
     assert [(node["contract"]["ticker"], node["qty"]) for node in shown] == [("QQQ", 5)]
 
 
+@pytest.mark.parametrize("qty", ["many", "nan", "1.7976931348623157E308"])
+def test_a_position_that_cannot_be_read_is_not_left_out(
+    trader: Trader, exchange: Exchange, qty: str
+) -> None:
+    """The SDK drops a message that it cannot decode, and an unset number is a huge one."""
+    odd: Any = qty
+    good = ExchangePosition("US", "QQQ", "USD", Decimal(5))
+    exchange.positions = [ExchangePosition("US", "AAPL", "USD", odd), good]
+    assert trader.positions().code == "TIMEOUT"
+    exchange.positions = [good]
+    assert [node["qty"] for node in trader.positions()["positions"]] == [5]
+
+
 # --- quotes and markets -------------------------------------------------------------------------
 def test_quotes_live_delayed_and_refused(trader: Trader, tws: Tws, exchange: Exchange) -> None:
     made = 1_779_900_000
