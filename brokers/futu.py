@@ -434,13 +434,15 @@ class Futu(BaseBroker):
 
     # --- market -------------------------------------------------------------------------------
     def quote(self, contract: Contract) -> Quote:
-        context = self._context
-        rows = self._ask(context.unpacked, context.get_market_snapshot, [to_code(contract)])
-        if not rows or not rows[0]["update_time"]:
-            raise Rejected(f"{self.broker_display} has no quote for {to_code(contract)}")
-        if not rows[0]["last_price"]:
-            raise Rejected(f"{self.broker_display} has no price for {to_code(contract)}")
-        return parse_quote(rows[0], contract)
+        context, code = self._context, to_code(contract)
+        rows = self._ask(context.unpacked, context.get_market_snapshot, [code])
+        try:
+            quote = next(parse_quote(row, contract) for row in rows if row["code"] == code)
+        except (StopIteration, ValueError):  # no time: it is listed and was never traded
+            raise Rejected(f"{self.broker_display} has no quote for {code}") from None
+        if quote.latest <= 0:
+            raise Rejected(f"{self.broker_display} has no price for {code}")
+        return quote
 
     def market_status(self) -> dict[str, dict[str, MarketStatus]]:
         return {"securities": parse_market_states(self._ask(self._context.get_global_state))}

@@ -6,8 +6,10 @@ Facts: https://openapi.futunn.com/futu-api-doc/ (pages named where used) and the
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any
@@ -148,10 +150,17 @@ def parse_arguments(given: Mapping[str, Any]) -> Arguments:
 
 # --- pure translations ------------------------------------------------------------------------
 def number(value: Any) -> Number:
-    """A double of the wire, whole where it is whole; 0 where the SDK says `N/A`."""
-    if isinstance(value, str) or value != value:
+    """A double of the wire, whole where it is whole; 0 where the SDK says `N/A`. A NaN stays one:
+    as a holding it is not 0, and checked.py lets it go no further."""
+    if isinstance(value, str):
         return 0
     return int(value) if float(value).is_integer() else float(value)
+
+
+def known(value: Any) -> Number:
+    """0, which means that it is not known, for what is no number as well."""
+    found = number(value)
+    return found if math.isfinite(found) else 0
 
 
 def to_code(contract: Contract) -> str:
@@ -180,7 +189,8 @@ def to_contract(code: str, trade_market: str) -> Contract | None:
 
 
 def parse_time(text: str, region: str) -> datetime:
-    """`2026-03-02 09:30:00[.123]` in the market's own time (US: New York)."""
+    """`2026-03-02 09:30:00[.123]` in the market's own time (US: New York); ValueError for what is
+    no time."""
     return datetime.fromisoformat(text).replace(tzinfo=ZoneInfo(ZONES[region]))
 
 
@@ -199,9 +209,9 @@ def parse_order(row: Mapping[str, Any]) -> OrderReport | None:
     order = Order(
         order_id=str(row["order_id"]),
         currency=currency if currency in CASH_FIELDS else usual,
-        qty=number(row["qty"]),
-        filled_qty=number(row["dealt_qty"] or (status == "FILLED_ALL" and row["qty"])),  # optional
-        avg_price=number(row["dealt_avg_price"]),
+        qty=known(row["qty"]),
+        filled_qty=known(row["dealt_qty"] or (status == "FILLED_ALL" and row["qty"])),  # optional
+        avg_price=known(row["dealt_avg_price"]),
         error_reason=failure if status in FAILED else "",
         is_canceled=status in CANCELED,
         is_pending_cancel=status in PENDING_CANCEL,
@@ -210,18 +220,19 @@ def parse_order(row: Mapping[str, Any]) -> OrderReport | None:
     session = FROM_SESSION.get(row["session"])
     if session is None:
         session = Lifecycle.ETH if row["fill_outside_rth"] is True else Lifecycle.RTH
+    time = None
+    with suppress(ValueError):  # the order is told all the same, and with it all others
+        time = parse_time(row["create_time"], contract.region) if contract else None
     return OrderReport(
         order,
         mark=mark,
         contract=contract,
         direction=DIRECTIONS.get(row["trd_side"]),
         order_type=order_type,
-        price=number(row["price"]) if order_type is OrderType.Limit else None,
+        price=known(row["price"]) if order_type is OrderType.Limit else None,
         time_in_force=FROM_TIME_IN_FORCE.get(row["time_in_force"]),
         lifecycle=session,
-        time=parse_time(row["create_time"], contract.region)
-        if contract and row["create_time"]
-        else None,
+        time=time,
     )
 
 
@@ -276,15 +287,16 @@ def parse_cash(row: Mapping[str, Any], currency: str, alone: bool) -> Number | N
 
 
 def parse_quote(row: Mapping[str, Any], contract: Contract) -> Quote:
+    """ValueError when it has no time."""
     return Quote(
         contract=contract,
         currency=currency_of(contract.region, contract.ticker),  # a snapshot does not tell it
         is_tradable=row["sec_status"] in ("NORMAL", "N/A") and not row["suspension"],
-        latest=number(row["last_price"]),
-        pre_close=number(row["prev_close_price"]),
-        open_price=number(row["open_price"]),
-        high_price=number(row["high_price"]),
-        low_price=number(row["low_price"]),
+        latest=known(row["last_price"]),
+        pre_close=known(row["prev_close_price"]),
+        open_price=known(row["open_price"]),
+        high_price=known(row["high_price"]),
+        low_price=known(row["low_price"]),
         time=parse_time(row["update_time"], contract.region),
     )
 

@@ -833,10 +833,25 @@ def test_quotes_of_three_markets(connect: Callable[..., Futu], exchange: Exchang
     assert broker.market_status()["securities"]["HK"].origin_status == "MORNING"
 
 
-def test_no_price_is_not_zero(connect: Callable[..., Futu], exchange: Exchange) -> None:
+@pytest.mark.parametrize("latest", [0, "NaN", "-1"])
+def test_no_price_is_not_zero(
+    connect: Callable[..., Futu], exchange: Exchange, latest: int | str
+) -> None:
     """curPrice is a required field (Qot_GetSecuritySnapshot.proto): 0 before the first trade."""
-    exchange.quote("US", "AAPL", latest=Decimal(0))
+    exchange.quote("US", "AAPL", latest=Decimal(latest))
     with pytest.raises(Rejected, match="no price for US.AAPL"):
+        connect(connection="quote").quote(AAPL)
+
+
+@pytest.mark.parametrize(
+    "odd", [{"security": {"market": 11, "code": "QQQ"}}, {"updateTime": "N/A"}, {"updateTime": ""}]
+)
+def test_a_quote_of_another_security_or_of_no_time_is_none(
+    connect: Callable[..., Futu], opend: OpenD, exchange: Exchange, odd: dict[str, Any]
+) -> None:
+    exchange.quote("US", "AAPL")
+    opend.odd_quote = odd
+    with pytest.raises(Rejected, match="no quote for US.AAPL"):
         connect(connection="quote").quote(AAPL)
 
 

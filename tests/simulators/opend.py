@@ -157,8 +157,8 @@ class OpenD:
 
     `deaf`: everything is read, nothing answered. `states`: market → number (Qot_Common
     QotMarketState). `raw_status`: order id → OrderStatus number shown instead of the exchange's.
-    `left_out`: optional fields that orders, fills and positions come without. `busted`: fill ids
-    that are shown as cancelled.
+    `left_out`: optional fields that orders, fills and positions come without. `odd_quote`: fields of a
+    snapshot that are told instead of the true ones. `busted`: fill ids that are shown as cancelled.
     `ret_type`, `ret_msg`: the RetType and words answered to orders, which are taken, or to the
     operation in `failing`.
     `holds_back`: what is sent waits until what was sent before is acknowledged (RFC 896).
@@ -190,6 +190,7 @@ class OpenD:
         self.states = {"US": 5, "HK": 3, "SH": 3, "SZ": 3}
         self.raw_status: dict[str, int] = {}
         self.left_out: set[str] = set()
+        self.odd_quote: dict[str, Any] = {}
         self.busted: set[str] = set()
         self.limits = dict(LIMITS)
         self.violations: list[str] = []
@@ -715,7 +716,7 @@ class OpenD:
                     "curPrice": float(quote.latest),
                 }
             )
-            rows.append({"basic": basic})
+            rows.append({"basic": basic | self.odd_quote})
         return {"snapshotList": rows}
 
     def _need_login(self) -> None:
