@@ -186,6 +186,10 @@ def open_context(
                 return packed
 
             def unpack(response: Any) -> Any:
+                # A required field may be missing in what the SDK has parsed, or all of it: it would
+                # go on with a quantity of 0, or with an empty list.
+                if not response.retType and not response.s2c.IsInitialized():
+                    return -1, "", None
                 if response.HasField("retType"):  # else the SDK could not parse it
                     self.answer = (response.retType, response.retMsg)
                 return unpack_func(response)

@@ -568,6 +568,17 @@ def test_optional_fields_may_be_missing(
     assert [position.contract for position in broker.positions()] == [HK]
 
 
+def test_an_answer_without_a_required_field_is_no_answer(
+    connect: Callable[..., Futu], opend: OpenD, exchange: Exchange
+) -> None:
+    """The SDK takes it for a quantity of 0: the position would be missing in the list."""
+    exchange.positions = [ExchangePosition("HK", "00700", "HKD", Decimal(100))]
+    broker = connect()
+    opend.left_out = {"qty"}
+    with pytest.raises(TimedOut):
+        broker.positions()
+
+
 def test_an_order_of_ours_is_listed_whatever_its_row_lacks(
     connect: Callable[..., Futu], opend: OpenD, exchange: Exchange
 ) -> None:

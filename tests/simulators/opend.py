@@ -157,7 +157,7 @@ class OpenD:
 
     `deaf`: everything is read, nothing answered. `states`: market → number (Qot_Common
     QotMarketState). `raw_status`: order id → OrderStatus number shown instead of the exchange's.
-    `left_out`: optional fields that orders, fills and positions come without. `odd_quote`: fields of a
+    `left_out`: fields that orders, fills and positions come without. `odd_quote`: fields of a
     snapshot that are told instead of the true ones. `busted`: fill ids that are shown as cancelled.
     `ret_type`, `ret_msg`: the RetType and words answered to orders, which are taken, or to the
     operation in `failing`.
@@ -429,7 +429,7 @@ class OpenD:
                 response = module.Response(retType=self.ret_type, retMsg=self.ret_msg)
         except Refused as refused:
             response = module.Response(retType=-1, retMsg=str(refused))
-        sent: bytes = response.SerializeToString()
+        sent: bytes = response.SerializePartialToString()
         return sent
 
     def _operation(self, connection: Connection, proto: int, request: Any) -> str:
