@@ -387,8 +387,11 @@ class OrderBook:
         one may be in no other list (erdewit/ib_insync#130, #365).
 
         Its API id counts only beside the mark sent with that id: executions of a whole day are
-        listed, and the numbers may have begun anew since.
+        listed, and the numbers may have begun anew since. ValueError for one without numbers: it
+        would stay in the sums, and what is filled never goes back.
         """
+        if not (abs(execution.shares) < UNSET and abs(execution.price) < UNSET):
+            raise ValueError("an execution without shares or price")
         is_sent = bool(execution.orderRef) and (
             self._sent.get(execution.orderId) == execution.orderRef
         )

@@ -500,6 +500,13 @@ class TwsSession:
         ib = self.ib
         await self.ask_named("completedOrders", lambda: ib.reqCompletedOrdersAsync(False), seconds)
 
+    async def list_executions(self) -> None:
+        """Refreshes the book with today's executions; TimedOut when one could not be read."""
+        unread = self._unread
+        await self._executions()
+        if self._unread != unread:
+            raise TimedOut("TWS listed an execution that could not be read; the log has more")
+
     async def _executions(self) -> None:
         await self.ask(self.ib.reqExecutionsAsync)
 

@@ -358,7 +358,7 @@ class InteractiveBrokers(BaseBroker):
     async def fills(self, order_id: str) -> list[Fill]:
         booked = await self._known(order_id)
         tws = self._open()
-        await tws.ask(tws.ib.reqExecutionsAsync)
+        await tws.list_executions()
         return tws.book.fills(booked.perm_id)
 
     # --- the account --------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime
 from decimal import Decimal
 from types import SimpleNamespace
@@ -252,6 +253,18 @@ def test_executions_may_come_before_their_order_and_be_corrected() -> None:
     [fill] = book.fills(PERM_ID)
     assert fill.fill_id == "0000e0d5.00000001.01"  # the same, corrected or not
     assert (fill.qty, fill.price, fill.order_id) == (6, Decimal("12.2"), str(PERM_ID))
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, 1.7976931348623157e308])
+def test_an_execution_without_numbers_does_not_stay(odd: float) -> None:
+    """Neither in the sums, from which nothing would take a NaN out again."""
+    book = OrderBook(7)
+    for shares, price in ((odd, 12.3), (6, odd)):
+        with pytest.raises(ValueError, match="without"):
+            book.execution(wire_contract(), execution(1, shares, price))
+    booked, fill = book.execution(wire_contract(), execution(1, 6, 12.3))
+    assert fill is not None and fill.qty == 6
+    assert (booked.filled_qty, booked.avg_price) == (6, Decimal("12.3"))
 
 
 def test_an_order_known_by_its_executions_only() -> None:

@@ -610,6 +610,17 @@ def test_a_part_that_only_executions_list_is_no_whole(
     assert answer.code == "BROKER_REJECTED" and "only executions" in answer["ex"]
 
 
+def test_an_execution_that_cannot_be_read_is_not_left_out(
+    trader: Trader, exchange: Exchange
+) -> None:
+    order_id = trader.placed(limit())
+    exchange.fill(order_id, 5, "1.7976931348623157E308")  # unset
+    assert trader.fills(order_id).code == "TIMEOUT"
+    (fill,) = exchange.orders[order_id].fills
+    exchange.orders[order_id].fills = [replace(fill, price=Decimal("12.3"))]
+    assert [node["price"] for node in trader.fills(order_id)["fills"]] == [Decimal("12.3")]
+
+
 def test_completed_orders_that_nobody_asked_for(trader: Trader, tws: Tws) -> None:
     """ib_insync#683, ib_async#128, #150; here also amid the answers to other requests."""
     tws.tells_completed = True
