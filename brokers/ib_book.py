@@ -264,6 +264,7 @@ class BookedOrder:
         if wire is None:
             return OrderReport(self.order(), self.mark, to_contract(contract), self.direction)
         order_type = ORDER_TYPES.get(wire.orderType)
+        is_priced = order_type is OrderType.Limit and abs(wire.lmtPrice) < UNSET
         lifecycle = Lifecycle.ETH if wire.outsideRth else Lifecycle.RTH
         if contract.exchange == OVERNIGHT_VENUE:
             lifecycle = Lifecycle.OVERNIGHT
@@ -273,7 +274,7 @@ class BookedOrder:
             contract=to_contract(contract),
             direction=self.direction,
             order_type=order_type,
-            price=exact(wire.lmtPrice) if order_type is OrderType.Limit else None,
+            price=exact(wire.lmtPrice) if is_priced else None,
             time_in_force=TIMES_IN_FORCE.get(wire.tif),
             lifecycle=lifecycle,
         )

@@ -255,6 +255,14 @@ def test_executions_may_come_before_their_order_and_be_corrected() -> None:
     assert (fill.qty, fill.price, fill.order_id) == (6, Decimal("12.2"), str(PERM_ID))
 
 
+@pytest.mark.parametrize("odd", [math.nan, 1.7976931348623157e308])
+def test_an_order_without_a_price_is_told_without_one(odd: float) -> None:
+    """As a NaN it would cost all orders of the list (checked.py)."""
+    book = OrderBook(7)
+    booked = book.open_order(wire_contract(), wire_order(lmtPrice=odd), state("Submitted"))
+    assert (booked.report().price, booked.report().order.qty) == (None, 10)
+
+
 @pytest.mark.parametrize("odd", [math.nan, math.inf, 1.7976931348623157e308])
 def test_an_execution_without_numbers_does_not_stay(odd: float) -> None:
     """Neither in the sums, from which nothing would take a NaN out again."""
