@@ -359,4 +359,4 @@ def parse_accounts(
         and (not acc_id or int(row["acc_id"]) == acc_id)
     ]
     firsts = {next((one for one in fit if one.serves(region)), None) for region in TRADE_MARKETS}
-    return [account for account in fit if account in firsts]
+    return [account for account in dict.fromkeys(fit) if account in firsts]  # told twice: once

@@ -322,6 +322,7 @@ def test_accounts_stay_as_they_were() -> None:
     assert [account.acc_id for account in before] == [1, 2, 3]
     known = [account.acc_id for account in before]
     assert words.parse_accounts(rows[::-1], "SIMULATE", 0, known) == before
+    assert words.parse_accounts(rows * 2, "SIMULATE", 0) == before  # or its holdings would double
     assert (
         words.parse_accounts([account_row(4, ["CN", "US"]), *rows], "SIMULATE", 0, known) == before
     )
