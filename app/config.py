@@ -403,7 +403,7 @@ class _Source:
 
     def tables(self) -> dict[str, Any]:
         try:
-            text = self.path.read_text("utf-8")
+            text = self.path.read_text("utf-8-sig")  # Windows' editors may begin with a mark
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise ConfigurationError([f"{self.path}: cannot be read: {reason}"]) from None
@@ -501,7 +501,7 @@ class _Source:
         if len(self.problems) > before:
             return None
         try:
-            content = path.read_text("utf-8")
+            content = path.read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             # As it stands in the file: the variable may hold the secret itself by mistake.

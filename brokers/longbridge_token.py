@@ -57,7 +57,7 @@ class Token:
 def read_token(path: Path, app_key: str) -> Token:
     """The token in the file; TokenFileError says what is wrong and what to do about it."""
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except FileNotFoundError:
         raise TokenFileError(
             f"The LongBridge token file {path} does not exist: create it with token = "
@@ -330,7 +330,7 @@ class Renewal:
         assert self.token is not None
         try:
             self._note_attempt()
-            text = self._path.read_text("utf-8")
+            text = self._path.read_text("utf-8-sig")
             with_token(text, Token("x" * 1000, self.token.expiry))
             replace_file(self._path, text)
             self._note_attempt()
@@ -345,7 +345,7 @@ class Renewal:
 
     def write(self, token: Token) -> None:
         """OSError or TokenFileError when it cannot be written after all."""
-        replace_file(self._path, with_token(self._path.read_text("utf-8"), token))
+        replace_file(self._path, with_token(self._path.read_text("utf-8-sig"), token))
         self._note_attempt()
 
     def _note_attempt(self) -> None:

@@ -261,6 +261,21 @@ args = {{ app_secret_file = "secret", token_file = "/var/lib/longbridge/token.js
     assert settings.warnings == ()
 
 
+def test_files_may_come_from_an_editor_of_windows(config: Config, tmp_path: Path) -> None:
+    for name, text in {"id": ID, "tokens": TOKEN, "secret": SECRET}.items():
+        (tmp_path / name).write_text(f"{text}\r\n", "utf-8-sig")
+    text = f"""[[instance]]\r
+broker = "{__name__}:ConfiguredBroker"\r
+id_file = "id"\r
+tokens_file = "tokens"\r
+args = {{ app_secret_file = "secret" }}\r
+"""
+    config.path.write_text(text, "utf-8-sig")
+    broker = config.load().instances[0].broker
+    assert (broker.instance_id, broker.tokens) == (ID, [TOKEN])
+    assert broker.broker_args == {"app_secret": SECRET}
+
+
 def test_a_readable_file_is_warned_about(config: Config) -> None:
     config.instance().path.chmod(0o644)
     (warning,) = config.load().warnings

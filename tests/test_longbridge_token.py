@@ -98,6 +98,16 @@ def test_what_is_wrong_with_a_file(tmp_path: Path, text: str | None, words: str)
     assert "m_" not in str(raised.value)
 
 
+def test_the_file_may_come_from_an_editor_of_windows(tmp_path: Path) -> None:
+    path = tmp_path / "token.toml"
+    path.write_text(f'token = "old"\nexpiry = {soon(60)}\n', "utf-8-sig", newline="\r\n")
+    assert read_token(path, "key").text == "old"
+    with Renewal(path, "key") as renewal:
+        renewal.begin()
+        renewal.write(Token("new", FAR.timestamp()))
+    assert read_token(path, "key") == Token("new", FAR.timestamp())
+
+
 def test_a_folder_or_latin_text_is_no_token_file(tmp_path: Path) -> None:
     with pytest.raises(TokenFileError, match="cannot be read"):
         read_token(tmp_path, "key")
