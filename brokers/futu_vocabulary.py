@@ -126,18 +126,20 @@ ARGUMENTS = frozenset(one.name for one in fields(Arguments))
 
 def parse_arguments(given: Mapping[str, Any]) -> Arguments:
     """ValueError in a sentence that never shows a value: it may be a secret in the wrong place."""
-    try:
-        port, acc_id = int(given.get("port") or 11111), int(given.get("acc_id") or 0)
-    except (TypeError, ValueError):
-        raise ValueError("port and acc_id are whole numbers") from None
+    # int() would make 1 of 1.5 and of true; and getaddrinfo, port 4464 of 70000.
+    port, acc_id = (str(given.get(name) or 0).strip() for name in ("port", "acc_id"))
+    if not re.fullmatch("[0-9]{1,20}", port) or not re.fullmatch("[0-9]{1,20}", acc_id):
+        raise ValueError("port and acc_id are whole numbers")
+    if int(port) > 65535:
+        raise ValueError("port is at most 65535")
     found = Arguments(
         host=str(given.get("host") or "127.0.0.1"),
-        port=port,
+        port=int(port) or 11111,
         trade_env=str(given.get("trade_env") or ""),
         pk_path=str(given.get("pk_path") or ""),
         unlock_pin=str(given.get("unlock_pin") or "").lower(),
         security_firm=str(given.get("security_firm") or "N/A"),
-        acc_id=acc_id,
+        acc_id=int(acc_id),
     )
     if found.trade_env not in ("REAL", "SIMULATE"):
         raise ValueError("trade_env is REAL or SIMULATE")

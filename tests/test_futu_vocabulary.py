@@ -400,3 +400,27 @@ def test_a_pushed_fill_without_its_order_is_left_to_the_list() -> None:
     assert words.parse_fill(row | {"order_id": "N/A"}) is None
     assert words.parse_fill(row | {"order_id": ""}) is None
     assert words.parse_fill(row | {"order_id": "7"}) is not None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"port": 70000}, "at most 65535"),
+        ({"port": -1}, "whole numbers"),
+        ({"port": True}, "whole numbers"),
+        ({"port": 11111.5}, "whole numbers"),
+        ({"acc_id": 1.5}, "whole numbers"),
+        ({"acc_id": "1_000"}, "whole numbers"),
+    ],
+)
+def test_a_number_that_is_none_never_becomes_another(wrong: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        words.parse_arguments({"trade_env": "SIMULATE"} | wrong)
+
+
+def test_numbers_may_be_texts_as_secrets_are() -> None:
+    found = words.parse_arguments(
+        {"trade_env": "REAL", "port": "12345", "acc_id": " 281756460279912345"}
+    )
+    assert (found.port, found.acc_id) == (12345, 281756460279912345)
+    assert words.parse_arguments({"trade_env": "REAL", "port": "", "acc_id": None}).port == 11111
