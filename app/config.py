@@ -366,8 +366,12 @@ def _check_host(text: str) -> None:
 
 
 class _ServiceSchema(_StrictSchema):
-    data_dir = fields.String()
-    token_header = fields.String(validate=validate.Regexp(r"[A-Za-z][A-Za-z0-9-]*\Z"))
+    data_dir = fields.String(validate=validate.Length(min=1, error="must name a directory"))
+    token_header = fields.String(
+        validate=validate.Regexp(
+            r"[A-Za-z][A-Za-z0-9-]*\Z", error="must be a letter, then letters, digits and -"
+        )
+    )
     compat = fields.String(validate=validate.OneOf(("1.0",)))
     journal_url = fields.String()
     metrics_token = fields.String(validate=validate.Length(16, 64))

@@ -283,6 +283,12 @@ def test_a_readable_file_is_warned_about(config: Config) -> None:
 
 
 # --- mistakes --------------------------------------------------------------------------------
+def test_an_empty_data_directory_is_not_the_folder_of_the_file(config: Config) -> None:
+    config.environ = {"DATA": ""}
+    (problem,) = config.instance(top='data_dir = "${DATA}"').problems()
+    assert problem == "httptrading.toml: data_dir: must name a directory"
+
+
 @pytest.mark.parametrize(
     ("more", "top", "expected"),
     [
@@ -323,7 +329,7 @@ def test_a_readable_file_is_warned_about(config: Config) -> None:
         ("", "threads = 1", "httptrading.toml: threads: must be from 2 to 512"),
         ("", 'host = ""', "host: must be a host name or an IP address, without port or brackets"),
         ("", 'compat = "2.0"', "compat: Must be one of: 1.0"),
-        ("", 'token_header = "a b"', "token_header: String does not match"),
+        ("", 'token_header = "a b"', "token_header: must be a letter, then"),
         ("", 'metrics_token = "short"', "metrics_token: Length must be between 16 and 64"),
         ("", 'journal_url_file = "gone"', "journal_url_file: "),
         ("", 'journal_url_file = "a\\u0000b"', "toml: journal_url_file: has a NUL character"),
