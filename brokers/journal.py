@@ -62,6 +62,7 @@ from httptrading.tickers import currency_of
 log = logging.getLogger("httptrading.journal")
 
 _Result = TypeVar("_Result")
+MARK = "ht"  # what every mark of a gateway begins with
 _Names = tuple[str, str]  # what a report calls its order: the mark and the order id, "" for none
 
 SENDING, PLACED, REFUSED, UNKNOWN, NOT_PLACED, SEEN = (
@@ -354,7 +355,7 @@ class Journal:
     def mark(self, instance_id: str, client_order_id: str, attempt: int) -> str:
         """The tag given to the broker: unique to this row of this journal; 20 ASCII characters."""
         row = "\n".join((self.gateway_id, instance_id, client_order_id, str(attempt)))
-        return "ht" + hashlib.sha256(row.encode()).hexdigest()[:18]
+        return MARK + hashlib.sha256(row.encode()).hexdigest()[:18]
 
     def begin(
         self, instance_id: str, client_order_id: str, attempt: int, request: OrderRequest
@@ -524,7 +525,8 @@ class Journal:
     ) -> list[sa.Row[Any] | None]:
         """The rows of reports: by the mark, else by the order id.
 
-        One order has one id and one mark, so neither may contradict the row's.
+        One order has one id and one mark, so neither may contradict the row's; a mark that no
+        gateway made does not: somebody has changed it at the broker, who keeps the id.
         """
 
         def rows(statement: sa.Select[Any], wanted: Iterable[str]) -> Iterator[sa.Row[Any]]:
@@ -547,7 +549,8 @@ class Journal:
         for number, (mark, order_id) in enumerate(names):
             if found[number] is None:
                 rows_of_id = known.get(order_id, ())
-                fitting = (row for row in rows_of_id if not mark or row.mark in (None, mark))
+                is_ours = mark.startswith(MARK)
+                fitting = (row for row in rows_of_id if not is_ours or row.mark in (None, mark))
                 found[number] = next(fitting, None)
         return found
 

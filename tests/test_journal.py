@@ -231,6 +231,17 @@ def test_somebody_elses_mark_that_comes_later_makes_no_second_order(journal: Jou
     assert row.order.filled_qty == 3
 
 
+def test_a_mark_that_somebody_has_changed_makes_no_second_order(journal: Journal) -> None:
+    """In the broker's own app, say; another gateway's mark is another order's."""
+    row_id = begin(journal)
+    settle(journal, row_id, PLACED, "1")
+    journal.record(ID, [OrderReport(order(filled_qty=10), mark="theirs")])
+    (row,) = journal.orders(ID, open_=None, since=None, limit=9)
+    assert (row.row_id, row.is_open, row.order.filled_qty) == (row_id, False, 10)
+    journal.record(ID, [OrderReport(order(), mark="ht0123456789abcdef01")])
+    assert len(journal.orders(ID, open_=None, since=None, limit=9)) == 2
+
+
 def test_a_report_without_an_id_settles_nothing(journal: Journal) -> None:
     row_id = begin(journal)
     journal.record(ID, [report(journal, row_id, order_id="")])
