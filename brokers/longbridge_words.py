@@ -167,7 +167,7 @@ def parse_order(row: Mapping[str, Any]) -> OrderReport:
     # Paper accounts call orders Filled without an executed quantity (longbridge/openapi-go#61).
     filled_qty = _number(row.get("executed_quantity")) or (qty if status == "Filled" else 0)
     order = Order(
-        order_id=_order_id(row),
+        order_id=_id(row, "order_id"),
         currency=str(row.get("currency") or ""),
         qty=qty,
         filled_qty=filled_qty,
@@ -207,7 +207,7 @@ def parse_listed(row: Mapping[str, Any]) -> OrderReport:
         mark = row.get("remark") or ""
         if not isinstance(mark, str):
             raise
-        order = Order(_order_id(row), currency="", qty=0)
+        order = Order(_id(row, "order_id"), currency="", qty=0)
         log.error("an order in a list could not be read (%s)", type(error).__name__)
         return OrderReport(order, mark)
 
@@ -245,18 +245,18 @@ def push_row(event: Any) -> dict[str, Any]:
 
 def parse_fill(row: Mapping[str, Any]) -> Fill:
     return Fill(
-        fill_id=str(row["trade_id"]),
-        order_id=_order_id(row),
+        fill_id=_id(row, "trade_id"),
+        order_id=_id(row, "order_id"),
         qty=_required(row, "quantity"),
         price=_required(row, "price"),
         time=_moment(row.get("trade_done_at")) or datetime.now(UTC),
     )
 
 
-def _order_id(row: Mapping[str, Any]) -> str:
-    found = row["order_id"]
+def _id(row: Mapping[str, Any], name: str) -> str:
+    found = row[name]
     if isinstance(found, bool) or not isinstance(found, str | int) or not found:
-        raise ValueError("no order id")
+        raise ValueError(f"no {name}")
     return str(found)
 
 

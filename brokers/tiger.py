@@ -466,20 +466,24 @@ class Tiger(BaseBroker):
         found: list[Fill] = []
         token, seen = "", {""}
         while True:
-            page = self._read(
-                lambda token=token: self._trade.get_transactions(  # type: ignore[misc]
-                    self._account, order_id=wanted, limit=100, page_token=token
-                )
+            page, token = self._read(
+                lambda token=token: self._transactions(wanted, token)  # type: ignore[misc]
             )
-            if page is not None:
-                found += [
-                    mapping.parse_fill(one) for one in page.result if str(one.order_id) == order_id
-                ]
-            token = (page.next_page_token if page is not None else "") or ""
+            found += page
             if token in seen:
                 return found
             seen.add(token)
             self.take("medium")
+
+    def _transactions(self, order_id: int, token: str) -> tuple[list[Fill], str]:
+        """A page of an order's fills, and the token of the next one."""
+        page = self._trade.get_transactions(
+            self._account, order_id=order_id, limit=100, page_token=token
+        )
+        if page is None:
+            return [], ""
+        mine = [one for one in page.result if str(one.order_id) == str(order_id)]
+        return [mapping.parse_fill(one) for one in mine], str(page.next_page_token or "")
 
     # --- the account ------------------------------------------------------------------------
     def ping(self) -> bool:

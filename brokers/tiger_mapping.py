@@ -270,15 +270,16 @@ def pushed_holding(data: Any) -> tuple[tuple[str, ...], tuple[float, ...]]:
 
 
 def parse_fill(transaction: Any) -> Fill:
+    """Raises when an id, a quantity or a price is not told: recorded without its id a fill counts
+    twice, with a quantity of 0 it counts as taken back."""
     told = moment(getattr(transaction, "transaction_time", None))
     told = told or moment(getattr(transaction, "transacted_at", None)) or NO_TIME
-    return Fill(
-        fill_id=str(transaction.id),
-        order_id=str(transaction.order_id),
-        qty=scaled(transaction.filled_quantity, transaction.filled_quantity_scale),
-        price=number(transaction.filled_price) or 0,
-        time=told,
-    )
+    qty = scaled(transaction.filled_quantity, transaction.filled_quantity_scale)
+    price = number(transaction.filled_price)
+    fill_id = transaction.id
+    if not (isinstance(fill_id, str | int) and fill_id and qty) or price is None:
+        raise ValueError("a fill without id, quantity or price")
+    return Fill(str(fill_id), str(transaction.order_id), qty, price, told)
 
 
 def parse_quote(contract: Contract, brief: Mapping[str, Any]) -> Quote | None:

@@ -625,3 +625,11 @@ def test_times_are_aware() -> None:
         }
     )
     assert fill.time == datetime(2022, 3, 30, 3, 35, 51, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("odd", [None, "", True, [], 1.5])
+def test_a_fill_without_an_id_is_none(odd: object) -> None:
+    """Recorded without it, it would count twice beside itself."""
+    told = {"trade_id": odd, "order_id": "1", "quantity": "1", "price": "2.5"}
+    with pytest.raises(ValueError, match="no trade_id"):
+        words.parse_fill(told)

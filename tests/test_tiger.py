@@ -741,6 +741,29 @@ def test_an_odd_time_does_not_spoil_a_list(trade: Any, account: Any, gateway: Ti
     assert [times[one] and times[one].timestamp() for one in ids] == [MOMENT, *[None] * 4]
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"id": None},
+        {"filledQuantity": None},
+        {"filledQuantity": "five"},
+        {"filledPrice": float("nan")},
+        {"filledPrice": None},
+    ],
+)
+def test_a_fill_that_cannot_be_read_changes_nothing(
+    trade: Any, account: Any, gateway: TigerGateway, exchange: Exchange, odd: dict[str, Any]
+) -> None:
+    """With a quantity of 0 it would take back a fill that is known, without an id count twice."""
+    order_id = place(trade)
+    exchange.fill(order_id, 5, "199.5")
+    gateway.rewrites["fills"] = lambda data: {"items": [one | odd for one in data["items"]]}
+    with pytest.raises(TimedOut, match="try again"):
+        account.fills(order_id)
+    del gateway.rewrites["fills"]
+    assert [(one.qty, one.price) for one in account.fills(order_id)] == [(5, Decimal("199.5"))]
+
+
 def test_global_accounts_have_no_single_fills(args: dict[str, Any]) -> None:
     with connected(args, "account", account=GLOBAL) as broker, pytest.raises(Unsupported):
         broker.fills("40139406481165313")
