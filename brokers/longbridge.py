@@ -112,6 +112,9 @@ LISTING_DAYS = timedelta(days=8)  # a gateway that was down over a long weekend 
 HISTORY = timedelta(days=89)  # one history request spans 90 days at most
 
 
+ORDER_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""LongPort documents a text; so far all have been 18 digits."""
+
 NOT_INTELLIGIBLE = "LongBridge gave no intelligible answer; try again"
 
 
@@ -405,7 +408,7 @@ class LongBridge(BaseBroker):
         )
         data = await self._change("POST", None, body)
         order_id = data.get("order_id") if isinstance(data, dict) else None
-        if not order_id:
+        if isinstance(order_id, bool | float) or not ORDER_ID.fullmatch(str(order_id or "")):
             raise OutcomeUnknown("LongBridge took the order but gave no order id")
         self._placed.append(str(order_id))
         return str(order_id)
@@ -636,6 +639,5 @@ def _reading() -> Iterator[None]:
 
 
 def _check_order_id(order_id: str) -> None:
-    """LongPort documents a text; so far all have been 18 digits."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", order_id):
+    if not ORDER_ID.fullmatch(order_id):
         raise OrderNotFound(f"LongBridge has no order ids like {order_id[:40]!r}")

@@ -465,6 +465,24 @@ class TestNonsense:
         assert len(exchange.orders) == 1
         assert trader.order(key="lost")["qty"] == 12
 
+    def test_an_odd_id_of_a_new_order_is_not_told(
+        self, server: LongPort, desk: Desk, exchange: Exchange
+    ) -> None:
+        """Under an id that no order has, a cancellation would be denied: the true one is found."""
+        trader = desk.served()
+        odd_ids: list[Any] = [float("nan"), True, "706388312699592704 中"]
+        server.deaf_kinds.add("trade")  # no push tells of it
+        for number, odd in enumerate(odd_ids):
+            server.answers["place"] = lambda _, odd=odd: {"order_id": odd}
+            answer = trader.place(ORDER, key=f"odd-{number}")
+            assert (answer.status, answer.code) == (504, "OUTCOME_UNKNOWN"), (odd, answer)
+        true_ids = list(exchange.orders)
+        for number, true_id in enumerate(true_ids):
+            key = f"odd-{number}"
+            wait_for(lambda key=key: trader.place(ORDER, key=key).replayed, "it to be found")
+            assert trader.order(key=key)["orderId"] == true_id
+        assert len(true_ids) == len(odd_ids) == len(exchange.orders)
+
     @pytest.mark.parametrize("requests", [2, 3])
     def test_a_new_order_that_longport_does_not_know_as_yet_is_not_denied(
         self, server: LongPort, desk: Desk, exchange: Exchange, requests: int
