@@ -345,7 +345,10 @@ def parse_positions(data: Mapping[str, Any]) -> dict[Contract, tuple[str, Decima
     held: dict[Contract, tuple[str, Decimal]] = {}
     for channel in rows_of(data, "list"):
         for row in channel.get("stock_info") or ():
-            contract = to_contract(str(row["symbol"]))
+            symbol = row["symbol"]
+            if not isinstance(symbol, str) or "." not in symbol:
+                raise ValueError("no symbol")
+            contract = to_contract(symbol)
             if contract is None:
                 continue
             # The documentation's sample says HK where it means HKD.

@@ -391,7 +391,10 @@ def test_positions_over_all_channels() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"quantity": ""}, {"quantity": None}, {"quantity": "-"}, {"currency": None}, {"symbol": ...}],
+    [
+        *({"quantity": ""}, {"quantity": None}, {"quantity": "-"}, {"currency": None}),
+        *({"symbol": odd} for odd in (..., None, "", 700, [], "AAPL")),
+    ],
 )
 def test_a_position_that_is_not_told_is_not_left_out(changes: dict[str, Any]) -> None:
     held = {"symbol": "AAPL.US", "quantity": "5", "currency": "USD"} | changes
