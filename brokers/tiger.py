@@ -516,9 +516,11 @@ class Tiger(BaseBroker):
                 one.get("symbol"), one.get("market"), one.get("currency"), one.get("secType")
             )
             qty = mapping.held(one)
-            if contract is None or qty is None:
+            if contract is None:
                 self._say_hidden(one)
                 continue
+            if qty is None:  # left out, it would look sold
+                raise TimedOut(f"Tiger tells no quantity of {contract.ticker} held; try again")
             if not qty:
                 continue
             currency = str(one.get("currency") or CURRENCIES[contract.region])

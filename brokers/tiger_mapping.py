@@ -88,29 +88,30 @@ PAPER = frozenset(one for one in REAL if one.time_in_force is TimeInForce.DAY)
 BEIJING = timezone(timedelta(hours=8))  # of transaction times that come without a number
 # As Tiger writes them (quote/response/market_status_response.py); CST may be Chicago's or China's.
 ZONES = {"EST": "-05:00", "EDT": "-04:00", "HKT": "+08:00", "UTC": "+00:00", "GMT": "+00:00"}
+SCALES = range(19)  # of quantities, which are 64-bit integers
 YEAR_1973, YEAR_2286 = 10**8, 10**10  # seconds; what lies outside is counted in another unit
 NO_TIME = datetime.fromtimestamp(0, UTC)  # of a fill whose time Tiger does not tell
 
 
 # --- parsing: pure functions ------------------------------------------------------------------
 def number(value: Any) -> Number | None:
-    """An exact number; None for what is missing: None, NaN, and the SDK's infinite defaults."""
+    """An exact number; None for what is missing: None, NaN, and the SDK's infinite defaults, and
+    for what no amount is as large as."""
     try:
         found = Decimal(str(value))
     except InvalidOperation:
         return None
-    if not found.is_finite():
+    if not found.is_finite() or found.adjusted() > 30:
         return None
     whole = found == found.to_integral_value()
     return int(found) if whole else found
 
 
 def scaled(quantity: Any, scale: Any) -> Number:
-    """773 with scale 5 is 0.00773 shares."""
-    found = number(quantity)
-    digits = number(scale) or 0
-    if not found or not digits:
-        return found or 0
+    """773 with scale 5 is 0.00773 shares; 0 when that is not told."""
+    found, digits = number(quantity), number(scale or 0)
+    if not found or digits not in SCALES:
+        return 0
     return number(Decimal(found).scaleb(-int(digits))) or 0
 
 
@@ -118,9 +119,10 @@ def held(position: Mapping[str, Any]) -> Number | None:
     """`positionQty`; `position` and `positionScale`, which docs.itigerup.com/docs/accounts calls
     deprecated, tell what the former does not. None when nothing is told."""
     told = number(position.get("positionQty"))
-    if told or number(position.get("position")) is None:
+    old, scale = position.get("position"), position.get("positionScale")
+    if told or number(old) is None or number(scale or 0) not in SCALES:
         return told
-    return scaled(position["position"], position.get("positionScale"))
+    return scaled(old, scale)
 
 
 def moment(told: Any) -> datetime | None:
@@ -220,9 +222,12 @@ def parse_order(row: Mapping[str, Any]) -> OrderReport:
         filled = qty
     if status in FILLED and not qty and row.get("totalCashAmount"):
         qty = filled  # an order for an amount of money has no other quantity
+    order_id, action = order_id_of(row["id"]), row.get("action")
+    if order_id is None:
+        raise ValueError("an order without an id")
     return OrderReport(
         order_of(
-            row["id"],
+            order_id,
             status,
             str(currency or ""),
             qty,
@@ -232,7 +237,7 @@ def parse_order(row: Mapping[str, Any]) -> OrderReport:
         ),
         mark=str(row.get("userMark") or ""),
         contract=contract_of(row.get("symbol"), row.get("market"), currency, row.get("secType")),
-        direction=row.get("action"),
+        direction=action if isinstance(action, str) else None,
         order_type=FROM_ORDER_TYPE.get(str(row.get("orderType"))),
         price=number(row.get("limitPrice")) or None,  # a market order's is 0.0
         time_in_force=FROM_TIME_IN_FORCE.get(str(row.get("timeInForce"))),

@@ -27,6 +27,7 @@ from httptrading import create_app
 from httptrading.brokers import tiger, tiger_http, tiger_push
 from httptrading.brokers import tiger_mapping as mapping
 from httptrading.brokers.base import Window, combine
+from httptrading.brokers.checked import checked
 from httptrading.brokers.limits import Windows
 from httptrading.brokers.settings import InstanceSettings
 from httptrading.brokers.tiger import Tiger
@@ -764,6 +765,41 @@ def test_a_fill_that_cannot_be_read_changes_nothing(
     assert [(one.qty, one.price) for one in account.fills(order_id)] == [(5, Decimal("199.5"))]
 
 
+@pytest.mark.parametrize("number", ["1e400", 10**31, float("inf"), "--"])
+def test_a_number_that_is_none_spoils_no_list(
+    trade: Any, account: Any, gateway: TigerGateway, number: Any
+) -> None:
+    """A quantity of 0 is left as it is known."""
+    ids = [place(trade), place(trade)]
+    fields = ("totalQuantity", "filledQuantity", "avgFillPrice", "limitPrice")
+    odd = {**dict.fromkeys(fields, number), "action": 7}
+    gateway.rewrites["orders"] = lambda data: {
+        "items": [one | (odd if str(one["id"]) == ids[0] else {}) for one in data["items"]]
+    }
+    listed = checked("recent_orders", account.recent_orders())
+    assert {one.order.order_id: one.order.qty for one in listed} == {ids[0]: 0, ids[1]: 12}
+
+
+@pytest.mark.parametrize("scale", ["five", -1, 1.5, 10**30, float("nan")])
+def test_a_quantity_of_no_scale_is_not_told(scale: Any) -> None:
+    """773 with a scale of 5 is no 773 shares."""
+    assert mapping.scaled(773, scale) == 0
+    assert mapping.scaled(773, None) == mapping.scaled(773, 0) == 773
+
+
+@pytest.mark.parametrize("odd", [None, True, 0, "", 1.5, float("nan")])
+def test_an_order_without_an_id_is_no_other_order(
+    trade: Any, account: Any, gateway: TigerGateway, odd: Any
+) -> None:
+    """It would be listed beside itself from then on, as order "None"."""
+    place(trade)
+    gateway.rewrites["orders"] = lambda data: {
+        "items": [one | {"id": odd} for one in data["items"]]
+    }
+    with pytest.raises(TimedOut, match="try again"):
+        account.recent_orders()
+
+
 def test_global_accounts_have_no_single_fills(args: dict[str, Any]) -> None:
     with connected(args, "account", account=GLOBAL) as broker, pytest.raises(Unsupported):
         broker.fills("40139406481165313")
@@ -862,16 +898,21 @@ def test_no_position_disappears_silently(
         ExchangePosition("SG", "D05", "SGD", Decimal(100)),
         ExchangePosition("US", "ODD", "USD", Decimal(100)),
     ]
-    unknown = {"position": None, "positionScale": None, "positionQty": None}
-    gateway.rewrites["positions"] = lambda data: {
-        "items": [one | (unknown if one["symbol"] == "ODD" else {}) for one in data["items"]]
-    }
-    assert account.positions() == account.positions() == []
+    assert len(account.positions()) == len(account.positions()) == 1
     told = [record.getMessage() for record in caplog.records if "not shown" in record.getMessage()]
-    assert told == [
-        "a position in D05 (SG, STK) is not shown",
-        "a position in ODD (US, STK) is not shown",
+    assert told == ["a position in D05 (SG, STK) is not shown"]
+    nothing: dict[str, Any] = {"position": None, "positionScale": None, "positionQty": None}
+    unknown: list[dict[str, Any]] = [
+        nothing,
+        nothing | {"positionQty": "1e400"},
+        nothing | {"position": 773, "positionScale": "five"},
     ]
+    for odd in unknown:
+        gateway.rewrites["positions"] = lambda data, odd=odd: {
+            "items": [one | (odd if one["symbol"] == "ODD" else {}) for one in data["items"]]
+        }
+        with pytest.raises(TimedOut, match="no quantity of ODD"):
+            account.positions()
 
 
 @pytest.mark.parametrize(
