@@ -322,12 +322,14 @@ def parse_cash(data: Mapping[str, Any], currency: str) -> Decimal:
     if not accounts:
         raise ValueError("no account")
     told = {
-        str(info["currency"]): info
+        str(info["currency"] or ""): info
         for account in reversed(accounts)  # the first one counts
         for info in _cash_infos(account)
     }
     names = RENMINBI if currency in RENMINBI else (currency,)
     name = next((name for name in names if name in told), None)
+    if name is None and not all(told):
+        raise ValueError("no currency")
     return Decimal(0) if name is None else _required(told[name], "available_cash")
 
 

@@ -328,10 +328,10 @@ def prime_cash(assets: Any, currency: str) -> Number | None:
         return None
     if assets_of := rows(segment.get("currencyAssets")):
         held = next((one for one in assets_of if one.get("currency") == currency), None)
-        if held is None:
-            return 0
-        available = number(held.get("cashAvailableForTrade"))
-        return number(held.get("cashBalance")) if available is None else available
+        if held is None:  # 0 only when it is none of those told
+            return 0 if all(one.get("currency") for one in assets_of) else None
+        available = held.get("cashAvailableForTrade")
+        return number(held.get("cashBalance") if available is None else available)
     told = segment.get("cashAvailableForTrade")
     return number(told) if segment.get("currency") == currency else None
 

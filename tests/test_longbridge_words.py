@@ -364,6 +364,7 @@ def test_renminbi_has_two_names(kept: str) -> None:
         *(None, {}, [], [{}], [{"currency": "USD", "total_cash": "9"}], [{"cash_infos": None}]),
         *([{"cash_infos": [{"currency": "USD"}]}], [{"cash_infos": ["USD"]}]),
         *([{"cash_infos": [{"currency": "USD", "available_cash": x}]}] for x in (None, "", "-")),
+        *([{"cash_infos": [{"currency": x, "available_cash": "5"}]}] for x in (None, "")),
     ],
 )
 def test_cash_that_is_not_told_is_not_0(rows: object) -> None:

@@ -852,6 +852,13 @@ def test_no_amount_is_no_number() -> None:
     held = {"currency": "USD", "cashAvailableForTrade": None, "cashBalance": 7.5}
     segment["currencyAssets"] = [held]
     assert mapping.prime_cash({"segments": [segment]}, "USD") == Decimal("7.5")
+    # What is held is more than what may be spent.
+    segment["currencyAssets"] = [held | {"cashAvailableForTrade": "--"}]
+    assert mapping.prime_cash({"segments": [segment]}, "USD") is None
+    # It may be the currency asked for whose name is missing.
+    segment["currencyAssets"] = [held | {"currency": None}, held | {"currency": "HKD"}]
+    assert mapping.prime_cash({"segments": [segment]}, "USD") is None
+    assert mapping.prime_cash({"segments": [segment]}, "HKD") == Decimal("7.5")
 
 
 def test_positions_are_exact(account: Any, exchange: Exchange) -> None:
