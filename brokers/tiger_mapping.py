@@ -110,7 +110,7 @@ def number(value: Any) -> Number | None:
 def scaled(quantity: Any, scale: Any) -> Number:
     """773 with scale 5 is 0.00773 shares; 0 when that is not told."""
     found, digits = number(quantity), number(scale or 0)
-    if not found or digits not in SCALES:
+    if not found or digits is None or digits not in SCALES:
         return 0
     return number(Decimal(found).scaleb(-int(digits))) or 0
 
