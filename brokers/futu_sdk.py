@@ -186,9 +186,7 @@ def open_context(
                 return packed
 
             def unpack(response: Any) -> Any:
-                # A required field may be missing in what the SDK has parsed, or all of it: it would
-                # go on with a quantity of 0, or with an empty list.
-                if not response.retType and not response.s2c.IsInitialized():
+                if not response.retType and not _is_whole(response.s2c):
                     return -1, "", None
                 if response.HasField("retType"):  # else the SDK could not parse it
                     self.answer = (response.retType, response.retMsg)
@@ -261,6 +259,12 @@ def open_context(
     context._keep_alive_interval = min(context._keep_alive_interval, KEEP_ALIVE_SECONDS)
     context._conn_alive_timeout = SILENT_SECONDS
     return context
+
+
+def _is_whole(answer: Any) -> bool:
+    """Whether what is told of an account has its required fields; the SDK asks for none when it
+    parses, and would go on with a quantity of 0, or with an empty list."""
+    return "header" not in answer.DESCRIPTOR.fields_by_name or bool(answer.IsInitialized())
 
 
 def row_handler(base: type, push: Any, on_row: Callable[[dict[str, Any], int], None]) -> Any:
