@@ -251,7 +251,8 @@ def bounded(size: int) -> int:
 def read_envelope(status: int, text: bytes) -> Any:
     """`{"code": 0, "message": "", "data": …}`; anything else is Refused or NoAnswer.
 
-    A 429 is a refusal also without the envelope: what limits the rate sits before the trading.
+    A 429 is a refusal also without the envelope: what limits the rate sits before the trading. A
+    refusal that names an order contradicts itself: the order may be there.
     """
     try:
         envelope = json.loads(text)
@@ -261,8 +262,11 @@ def read_envelope(status: int, text: bytes) -> Any:
         if status == 429:
             raise Refused(429, 429000, "too many requests") from None
         raise NoAnswer(f"HTTP {status}", status) from None
+    data = envelope.get("data")
+    if code != 0 and isinstance(data, dict) and data.get("order_id"):
+        raise NoAnswer(f"code {code}, and an order", status)
     if code != 0:
         raise Refused(status, code, message)
     if status >= 300:
         raise NoAnswer(f"HTTP {status}", status)
-    return envelope.get("data")
+    return data

@@ -496,6 +496,7 @@ def test_envelopes() -> None:
     for status, text in (
         *((200, b"<html>"), (502, b"<html>"), (200, b"[]"), (500, b'{"code":0}'), (204, b"")),
         *((200, b'{"code":Infinity}'), (200, b'{"code":NaN}'), (200, endless)),
+        (200, b'{"code":603001,"message":"no","data":{"order_id":"701276261045858304"}}'),
     ):
         with pytest.raises(NoAnswer):
             read_envelope(status, text)
