@@ -11,6 +11,7 @@ import math
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
@@ -22,6 +23,7 @@ from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from acceptance.kit import Answer, in_time, wait_for
 from httptrading.brokers.base import Window, combine
+from httptrading.brokers.checked import checked
 from httptrading.errors import (
     BrokerUnavailable,
     InvalidRequest,
@@ -996,12 +998,14 @@ NONSENSE: dict[str, list[Any]] = {
         [None],
         [Fill("1", "404404", NAN, 1, QUOTE_TIME)],
         [Fill(None, "404404", 1, 1, QUOTE_TIME)],  # type: ignore[arg-type]
+        [Fill("1", "404404", 1, 1, datetime.min)],
     ],
     "recent_orders": [
         None,
         [ORDER],
         {},
         [OrderReport(Order("1", "USD", NAN))],
+        [OrderReport(ORDER, price=NAN)],
         [OrderReport(ORDER, direction=SdkWord.STOP)],  # type: ignore[arg-type]
         [OrderReport(ORDER, order_type=SdkWord.STOP)],  # type: ignore[arg-type]
         [OrderReport(ORDER, time_in_force=SdkWord.STOP)],  # type: ignore[arg-type]
@@ -1016,6 +1020,12 @@ ASK: Mapping[str, Callable[[Any], Answer]] = {
     "fills": lambda trader: trader.fills("404404"),
     "recent_orders": lambda trader: trader.orders(),
 }
+
+
+def test_a_time_that_cannot_be_costs_no_order_of_a_list() -> None:
+    told = [OrderReport(ORDER, time=time) for time in (datetime.min, QUOTE_TIME)]
+    found = checked("recent_orders", told)
+    assert [report.time for report in found] == [None, QUOTE_TIME]
 
 
 @pytest.mark.parametrize(

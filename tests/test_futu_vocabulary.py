@@ -88,6 +88,14 @@ def test_a_filled_order_may_come_without_its_quantity() -> None:
     report = words.parse_order(order_row(order_status="FILLED_ALL", dealt_qty=0.0))
     assert report is not None
     assert (report.order.filled_qty, report.order.is_filled) == (12, True)
+    report = words.parse_order(order_row(order_status="SUBMITTED", dealt_qty=0.0))
+    assert report is not None and report.order.filled_qty == 0
+
+
+@pytest.mark.parametrize(("told", "currency"), [("CNH", "CNH"), ("N/A", "HKD")])
+def test_an_order_is_in_the_currency_of_its_counter(told: str, currency: str) -> None:
+    report = words.parse_order(order_row(code="HK.80700", order_market="HK", currency=told))
+    assert report is not None and report.order.currency == currency
 
 
 def test_no_order_status_of_the_sdk_is_forgotten(sdk_enum: Callable[[str], list[str]]) -> None:

@@ -565,6 +565,8 @@ def test_ticks(
     ticks.number(halted, 2)
     assert ticks.is_complete
     assert not ticks.quote(APPLE, "USD", NOW).is_tradable
+    ticks.time = None
+    assert not ticks.is_complete  # its time may follow
 
 
 def test_a_quote_without_price_or_time_is_refused() -> None:
