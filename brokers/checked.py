@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
@@ -209,7 +209,7 @@ def _words(value: Any, name: str) -> str:
 
 def _is_moment(value: datetime) -> bool:
     try:
-        value.timestamp()
+        value.astimezone(UTC)
     except (ValueError, OverflowError, OSError):  # the first year, or the last
         return False
     return True

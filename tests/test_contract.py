@@ -11,7 +11,7 @@ import math
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any
 
@@ -1023,9 +1023,10 @@ ASK: Mapping[str, Callable[[Any], Answer]] = {
 
 
 def test_a_time_that_cannot_be_costs_no_order_of_a_list() -> None:
-    told = [OrderReport(ORDER, time=time) for time in (datetime.min, QUOTE_TIME)]
+    east = datetime.min.replace(tzinfo=timezone(timedelta(hours=8)))  # in UTC there is no such year
+    told = [OrderReport(ORDER, time=time) for time in (datetime.min, east, QUOTE_TIME)]
     found = checked("recent_orders", told)
-    assert [report.time for report in found] == [None, QUOTE_TIME]
+    assert [report.time for report in found] == [None, None, QUOTE_TIME]
 
 
 @pytest.mark.parametrize(
