@@ -792,13 +792,14 @@ class Instance:
             return row.order
         if row is not None:
             order_id = self._order_id_of(row)
-            if not row.is_open:
+            if not row.is_open and not row.is_priced_in_part:
                 return row.order  # final is final
         seen = time.time()
         try:
             found = self._at_the_broker(order_id, deadline, fresh=fresh)
-        except (OrderNotFound, Unsupported):
-            if row is None:
+        except HttpTradingError as error:
+            knows_none = isinstance(error, OrderNotFound | Unsupported)
+            if row is None or (row.is_open and not knows_none):
                 raise
             return row.order
         report = found if isinstance(found, OrderReport) else OrderReport(found)

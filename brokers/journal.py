@@ -263,6 +263,7 @@ class JournalOrder:
     price: Decimal | None
     asked_qty: Decimal | None
     is_open: bool
+    is_priced_in_part: bool  # the average price is not yet that of all that is filled
     created: datetime
     updated: datetime
 
@@ -1087,6 +1088,7 @@ def _journal_order(row: Any) -> JournalOrder:
         price=Decimal(row.price) if row.price is not None else None,
         asked_qty=Decimal(row.asked_qty) if row.asked_qty is not None else None,
         is_open=row.is_open,
+        is_priced_in_part=0 < Decimal(row.priced_qty) < Decimal(row.filled_qty),
         created=datetime.fromtimestamp(row.created, UTC),
         updated=datetime.fromtimestamp(row.updated, UTC),
     )

@@ -748,6 +748,25 @@ def test_orders_stay_when_the_broker_has_forgotten_them(tmp_path: Path) -> None:
         assert trader.fills("nobody-knows-it").code == "ORDER_NOT_FOUND"
 
 
+def test_a_filled_order_is_told_with_the_price_of_all_fills(on: Stage) -> None:
+    """TWS's list of what is completed says before the executions, and without a price, how much."""
+    trader = on.trader()
+    order_id = trader.placed(LIMIT_ORDER)
+    on.script.do["order"] = raising(BrokerUnavailable("down"))
+    for pushed in (Order(order_id, "USD", 12, 3, 12), Order(order_id, "USD", 12, 12, 0)):
+        on.script.brokers[-1].report(OrderReport(pushed))
+        wait_for(
+            lambda qty=pushed.filled_qty: trader.orders()["orders"][0]["filledQty"] == qty or None,
+            "the push to be recorded",
+        )
+    node = trader.order(order_id)
+    assert (node["isFilled"], node["avgPrice"]) == (True, 12), "what is known, while it is down"
+    on.script.do["order"] = lambda **_: Order(order_id, "USD", 12, 12, Decimal("12.3"))
+    assert trader.order(order_id)["avgPrice"] == Decimal("12.3")
+    on.script.do["order"] = raising(BrokerUnavailable("down"))
+    assert trader.order(order_id)["avgPrice"] == Decimal("12.3")
+
+
 def test_the_same_answer_again_is_news_after_another_word(on: Stage) -> None:
     """A push says that it is being cancelled, and the broker, asked again, that it is not."""
     trader = on.trader()
