@@ -467,6 +467,7 @@ def test_an_unknown_order_in_tigers_words(
         ("Cancelled", 12, "filled"),
         ("Filled", 12, "filled"),
         ("Filled", 5, ""),  # a global account's partial fill
+        ("Filled", 0, ""),
         ("PendingSubmit", 12, "filled"),
         ("Inactive", 0, "no money"),
         ("Inactive", 5, "no money"),
