@@ -461,7 +461,10 @@ class TwsSession:
         if self.is_open:
             self.ib.client.cancelPositions()
         if self._unread != unread or not all(abs(each.position) < UNSET for each in held):
-            raise TimedOut("TWS told of a position that could not be read")
+            raise TimedOut(
+                "TWS told of a position that could not be read, and a list without it would not be "
+                "true; look in TWS itself"
+            )
         return held
 
     def doubt(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _sqlite3
 import asyncio
 import ctypes
 import errno
@@ -456,7 +457,8 @@ class _Vfs(ctypes.Structure):
 def a_commit_fails_late() -> Iterator[None]:
     """The disk reports an error for the last write of a commit, although it has kept it: what a
     failing fsync leaves as well."""
-    sqlite = ctypes.CDLL(__import__("_sqlite3").__file__)
+    # The library that Python's own module is linked with; None: Python itself.
+    sqlite = ctypes.CDLL(getattr(_sqlite3, "__file__", None))
     sqlite.sqlite3_vfs_find.restype = ctypes.POINTER(_Vfs)
     vfs = sqlite.sqlite3_vfs_find(None)
     commits = False
