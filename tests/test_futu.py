@@ -273,13 +273,18 @@ def test_a_japanese_account_for_derivatives_is_not_one_for_stocks(
 @pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="Linux delays acknowledgements")
 def test_an_answer_behind_a_push_is_not_held_up(connect: Callable[..., Futu], opend: OpenD) -> None:
     """By 40 ms, until the push is acknowledged."""
-    opend.holds_back = True
-    broker, took = connect(), []
-    for _ in range(20):
+
+    def seconds(broker: Futu) -> float:
         began = time.monotonic()
         place(broker)
-        took.append(time.monotonic() - began)
-    assert min(took) < 0.03
+        return time.monotonic() - began
+
+    def quickest(*, behind: bool) -> float:
+        opend.holds_back = behind  # counts for new connections
+        broker = connect()
+        return min(seconds(broker) for _ in range(20))
+
+    assert quickest(behind=True) < 0.03 + quickest(behind=False), "also on a busy machine"
 
 
 def test_what_is_unsent_does_not_outlive_its_connection(

@@ -1893,14 +1893,16 @@ def test_ten_orders_at_once(gateway: TigerGateway, exchange: Exchange, tmp_path:
 def test_an_answer_in_two_pieces_is_not_held_up(account: Any, gateway: TigerGateway) -> None:
     """Its body waits for the head's acknowledgement, which Linux delays by 40 ms; but not always on
     a new connection."""
-    gateway.writes_apart, gateway.enforce_limits = True, False
+    gateway.enforce_limits = False
 
-    def seconds() -> float:
+    def seconds(apart: bool) -> float:
+        gateway.writes_apart = apart
         began = time.monotonic()
         assert account.ping()
         return time.monotonic() - began
 
-    assert min([seconds() for _ in range(40)][20:]) < 0.03
+    apart = min([seconds(True) for _ in range(40)][20:])
+    assert apart < 0.03 + min(seconds(False) for _ in range(20)), "also on a busy machine"
 
 
 def test_tiger_is_away_when_the_service_starts(tmp_path: Path) -> None:
