@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from httptrading.app.ask import Ask
-from httptrading.brokers.journal import OrderRequest
+from httptrading.brokers.journal_rows import OrderRequest
 from httptrading.errors import InvalidRequest
 from httptrading.schemas.fields import client_order_id
 from httptrading.schemas.request import (

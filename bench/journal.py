@@ -13,7 +13,9 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 
-from httptrading.brokers.journal import PLACED, Journal, OrderRequest, Outcome
+from httptrading.brokers.journal import Journal
+from httptrading.brokers.journal_rows import OrderRequest, Outcome
+from httptrading.brokers.journal_tables import PLACED
 from httptrading.model import (
     Contract,
     Lifecycle,

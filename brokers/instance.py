@@ -25,19 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from httptrading.brokers.base import READS, BaseBroker, Combination, Link
-from httptrading.brokers.journal import (
-    NOT_PLACED,
-    PLACED,
-    REFUSED,
-    SEEN,
-    TOO_SLOW,
-    UNKNOWN,
-    UNSETTLED,
-    Journal,
-    JournalOrder,
-    OrderRequest,
-    Outcome,
-)
+from httptrading.brokers.journal import Journal
+from httptrading.brokers.journal_database import TOO_SLOW
+from httptrading.brokers.journal_rows import JournalOrder, OrderRequest, Outcome
+from httptrading.brokers.journal_tables import NOT_PLACED, PLACED, REFUSED, SEEN, UNKNOWN, UNSETTLED
 from httptrading.brokers.limits import WindowState, shared_windows
 from httptrading.brokers.local import LocalBroker
 from httptrading.brokers.process import ChildBroker

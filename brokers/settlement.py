@@ -18,16 +18,9 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from httptrading.brokers.journal import (
-    NOT_PLACED,
-    PLACED,
-    SENDING,
-    UNKNOWN,
-    UNSETTLED,
-    Journal,
-    JournalOrder,
-    Outcome,
-)
+from httptrading.brokers.journal import Journal
+from httptrading.brokers.journal_rows import JournalOrder, Outcome
+from httptrading.brokers.journal_tables import NOT_PLACED, PLACED, SENDING, UNKNOWN, UNSETTLED
 from httptrading.errors import Busy, HttpTradingError, Unsupported
 from httptrading.model import OrderReport
 

@@ -47,7 +47,7 @@ _LIMIT_SENTENCE = f"must be a whole number from 1 to {MOST_LISTED}"
 
 @dataclass(frozen=True)
 class PlaceBody:
-    """A loaded order/place body; see `brokers.journal.OrderRequest` for the same without a name."""
+    """A loaded order/place body; `OrderRequest` is the same without a name."""
 
     contract: Contract
     order_type: OrderType

@@ -14,7 +14,7 @@ import pytest
 
 from acceptance.kit import Answer, Trader, in_time, wait_for
 from httptrading.brokers.base import Window
-from httptrading.brokers.journal import OrderRequest
+from httptrading.brokers.journal_rows import OrderRequest
 from httptrading.errors import (
     BrokerUnavailable,
     Busy,
@@ -68,7 +68,7 @@ def test_twice(on: Stage) -> None:
 
 
 def test_an_order_costs_two_transactions(on: Stage) -> None:
-    commits = on.gateway._journal._commits
+    commits = on.gateway._journal._database._commits
     before = commits.ended
     trader = on.trader()
     assert trader.place(LIMIT_ORDER, key="k").ok

@@ -28,22 +28,11 @@ from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from acceptance.kit import wait_for
-from httptrading.brokers import group_commit
-from httptrading.brokers import journal as journal_module
+from httptrading.brokers import group_commit, journal_database, journal_tables
 from httptrading.brokers.group_commit import GroupCommit
-from httptrading.brokers.journal import (
-    NOT_PLACED,
-    PLACED,
-    REFUSED,
-    SEEN,
-    SENDING,
-    UNKNOWN,
-    Journal,
-    JournalOrder,
-    OrderRequest,
-    Outcome,
-    merge,
-)
+from httptrading.brokers.journal import Journal
+from httptrading.brokers.journal_rows import JournalOrder, OrderRequest, Outcome, merge
+from httptrading.brokers.journal_tables import NOT_PLACED, PLACED, REFUSED, SEEN, SENDING, UNKNOWN
 from httptrading.errors import Busy
 from httptrading.model import (
     Contract,
@@ -600,7 +589,7 @@ def test_the_currency_is_what_the_broker_says(journal: Journal) -> None:
 
 # --- the database -------------------------------------------------------------------------------
 def test_durable_and_private(journal: Journal, path: Path) -> None:
-    with journal._writer.connect() as connection:
+    with journal._database._writer.connect() as connection:
         pragmas = {
             name: connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
             for name in ("journal_mode", "synchronous")
@@ -628,7 +617,7 @@ def test_what_is_waited_for(journal: Journal) -> None:
     """An order is on the disk before it is sent. That it was placed is on its way there when the
     client is told, and gets there without any other order's help; a refusal is there."""
     row_id = begin(journal)
-    driver = journal._commits._driver()
+    driver = journal._database._commits._driver()
     said: list[str] = []
     driver.set_trace_callback(said.append)
     other = begin(journal, "b")
@@ -669,11 +658,11 @@ def test_what_was_not_waited_for_reaches_the_disk(
 
 def test_it_survives(path: Path) -> None:
     with closing(Journal(f"sqlite:///{path}")) as journal:
-        row_id, gateway = begin(journal), journal.gateway_id
+        row_id, gateway = begin(journal), journal._database.gateway_id
         mark = journal.mark(ID, "a", 1)
     with closing(Journal(f"sqlite:///{path}")) as journal:
         assert row_of(journal, row_id).state == SENDING
-        assert (journal.gateway_id, journal.mark(ID, "a", 1)) == (gateway, mark)
+        assert (journal._database.gateway_id, journal.mark(ID, "a", 1)) == (gateway, mark)
 
 
 def test_a_newer_schema_is_refused(path: Path) -> None:
@@ -686,17 +675,17 @@ def test_a_newer_schema_is_refused(path: Path) -> None:
 
 def test_an_older_schema_is_upgraded_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(Journal(f"sqlite:///{path}")) as journal:
-        row_id, gateway = begin(journal), journal.gateway_id
+        row_id, gateway = begin(journal), journal._database.gateway_id
     monkeypatch.setattr(
-        journal_module,
+        journal_tables,
         "MIGRATIONS",
-        (*journal_module.MIGRATIONS, ("ALTER TABLE orders ADD COLUMN note VARCHAR(9)",)),
+        (*journal_tables.MIGRATIONS, ("ALTER TABLE orders ADD COLUMN note VARCHAR(9)",)),
     )
     for _ in range(2):
         with closing(Journal(f"sqlite:///{path}")) as journal:
-            assert journal.gateway_id == gateway
+            assert journal._database.gateway_id == gateway
             assert row_of(journal, row_id).state == SENDING
-            with journal._reader.connect() as connection:
+            with journal._database._reader.connect() as connection:
                 columns = [one["name"] for one in sa.inspect(connection).get_columns("orders")]
     assert columns.count("note") == 1
 
@@ -706,7 +695,7 @@ def test_another_program_that_looks_at_an_upgraded_journal(
 ) -> None:
     """Whoever closes a SQLite file last deletes its log; who that is, is told by locks."""
     Journal(f"sqlite:///{path}").close()
-    monkeypatch.setattr(journal_module, "MIGRATIONS", (*journal_module.MIGRATIONS, ()))
+    monkeypatch.setattr(journal_tables, "MIGRATIONS", (*journal_tables.MIGRATIONS, ()))
     look = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('SELECT * FROM orders')"
     with closing(Journal(f"sqlite:///{path}")) as journal:
         subprocess.run([sys.executable, "-c", look, str(path)], check=True, timeout=60)
@@ -724,7 +713,7 @@ def test_a_journal_that_forgets_is_refused(url: str) -> None:
 @pytest.mark.parametrize("dialect", [postgresql.dialect(), mysql.dialect()])
 def test_other_databases(dialect: sa.Dialect) -> None:
     """What only a server would tell: types that are exact there, names in which case matters."""
-    for table in journal_module._metadata.sorted_tables:
+    for table in journal_tables.metadata.sorted_tables:
         text = str(CreateTable(table).compile(dialect=dialect))
         assert "FLOAT" not in text  # 24 bits in MySQL: a time would be off by minutes
         if dialect.name == "mysql" and "client_order_id" in text:
@@ -742,7 +731,7 @@ def test_every_query_uses_an_index(journal: Journal) -> None:
     def remember(_conn: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
         asked.append((statement, parameters))
 
-    for engine in (journal._reader, journal._writer):
+    for engine in (journal._database._reader, journal._database._writer):
         sa.event.listen(engine, "before_cursor_execute", remember)
     other = begin(journal, "b")
     journal.record(ID, [report(journal, other), OrderReport(order("7"), mark="foreign")])
@@ -758,11 +747,11 @@ def test_every_query_uses_an_index(journal: Journal) -> None:
     for open_ in (True, False, None):
         for since in (datetime.now(UTC), None):
             journal.orders(ID, open_=open_, since=since, limit=10)
-    short = (journal_module._HAS_KEY_SHORT, journal_module._PLACED_SHORT)
+    short = (journal_tables.HAS_KEY_SHORT, journal_tables.PLACED_SHORT)
     asked += [(one.text, ("1",) * len(one.names)) for one in short]
     tables = [(text, values) for text, values in asked if " orders" in text or " fills" in text]
     assert len({text for text, _ in tables}) >= 12
-    with journal._reader.connect() as connection:
+    with journal._database._reader.connect() as connection:
         for text, values in tables:
             if text.startswith("INSERT"):
                 continue
@@ -778,7 +767,7 @@ def test_every_query_uses_an_index(journal: Journal) -> None:
 def writing_held(journal: Journal) -> Iterator[None]:
     """Inside, a transaction is under way: what is given meanwhile comes together after it."""
     begun, gate = threading.Event(), threading.Event()
-    held = journal._commits.post(lambda connection: (begun.set(), gate.wait(60)))
+    held = journal._database._commits.post(lambda connection: (begun.set(), gate.wait(60)))
     assert begun.wait(60)
     try:
         yield
@@ -790,7 +779,7 @@ def writing_held(journal: Journal) -> Iterator[None]:
 def test_writes_that_come_together_are_committed_together(path: Path) -> None:
     with closing(Journal(f"sqlite:///{path}")) as journal:
         commits = []
-        sa.event.listen(journal._writer, "commit", lambda connection: commits.append(1))
+        sa.event.listen(journal._database._writer, "commit", lambda connection: commits.append(1))
         with writing_held(journal):
             futures = [journal.begin(ID, str(number), 1, REQUEST) for number in range(50)]
         assert len({future.result(60)[0] for future in futures}) == 50
@@ -815,8 +804,8 @@ def test_one_that_fails_takes_no_other_with_it(path: Path) -> None:
 def test_a_transaction_lost_on_the_way_is_not_taken_for_written(path: Path) -> None:
     """A full disk makes SQLite roll back everything, not only the statement that failed."""
     engine = sa.create_engine(f"sqlite:///{path}")
-    sa.event.listen(engine, "connect", journal_module._sqlite_connect)
-    sa.event.listen(engine, "begin", journal_module._sqlite_begin)
+    sa.event.listen(engine, "connect", journal_database._sqlite_connect)
+    sa.event.listen(engine, "begin", journal_database._sqlite_begin)
     commits = GroupCommit(engine, lambda error: Busy(str(error)))
     gate = threading.Event()
 
@@ -859,7 +848,7 @@ def test_after_the_end_nothing_is_written(path: Path) -> None:
 # --- a disk that does not take it ---------------------------------------------------------------
 def test_a_locked_journal_is_said_to_be_busy(journal: Journal, path: Path) -> None:
     begin(journal, "first")
-    journal._commits._driver().execute("PRAGMA busy_timeout=50").close()
+    journal._database._commits._driver().execute("PRAGMA busy_timeout=50").close()
     with closing(sqlite3.connect(path)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(Busy, match="nothing was sent") as caught:
@@ -874,7 +863,7 @@ def test_a_server_that_is_silent_holds_nobody_up(
 ) -> None:
     """One that is frozen, or behind a broken line, never answers, and does not refuse either."""
     row_id = begin(journal)
-    journal._is_sqlite = False
+    journal._database._is_sqlite = False
     assert row_of(journal, row_id).client_order_id == "a"
     gate, asked = threading.Event(), threading.Semaphore(0)
 
@@ -882,9 +871,9 @@ def test_a_server_that_is_silent_holds_nobody_up(
         asked.release()
         gate.wait(300)
 
-    sa.event.listen(journal._reader, "before_cursor_execute", hang)
-    monkeypatch.setattr(journal_module, "READS_WITHIN", 0.05)
-    monkeypatch.setattr(journal_module, "ASKS_AGAIN_AFTER", 0.5)
+    sa.event.listen(journal._database._reader, "before_cursor_execute", hang)
+    monkeypatch.setattr(journal_database, "READS_WITHIN", 0.05)
+    monkeypatch.setattr(journal_database, "ASKS_AGAIN_AFTER", 0.5)
     with pytest.raises(Busy, match="does not answer"):
         journal.by_client_order_id(ID, "a")
     assert asked.acquire(timeout=60)
@@ -916,7 +905,7 @@ def test_a_journal_that_cannot_be_made_is_tried_again(tmp_path: Path) -> None:
 def test_a_journal_that_was_read_only_is_written_again(journal: Journal) -> None:
     """As SQLite opens a file on a file system that is mounted read-only, or of another user."""
     begin(journal, "before")
-    journal._commits._driver().execute("PRAGMA query_only=ON")  # of this connection alone
+    journal._database._commits._driver().execute("PRAGMA query_only=ON")  # of this connection alone
     with pytest.raises(Busy, match="cannot be written"):
         begin(journal, "meanwhile")
     assert row_of(journal, begin(journal, "after")).state == "sending"
@@ -937,7 +926,9 @@ def test_an_existing_journal_opens_without_writing(path: Path) -> None:
         other.execute("BEGIN IMMEDIATE")
         with closing(Journal(f"sqlite:///{path}")) as journal:
             assert row_of(journal, row_id).state == SENDING
-            assert journal._commits.ended == 0  # not even tried, which would have taken 5 s
+            assert (
+                journal._database._commits.ended == 0
+            )  # not even tried, which would have taken 5 s
 
 
 def test_a_secret_in_the_url_is_not_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

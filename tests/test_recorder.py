@@ -69,8 +69,8 @@ def known(journal: Journal, instance_id: str = ID) -> set[str]:
 def test_a_storm_costs_few_transactions(journal: Broken, recorder: Recorder) -> None:
     commits: list[Any] = []
     gate = threading.Event()
-    journal._commits.post(lambda connection: gate.wait(PATIENCE))
-    sa.event.listen(journal._writer, "commit", commits.append)
+    journal._database._commits.post(lambda connection: gate.wait(PATIENCE))
+    sa.event.listen(journal._database._writer, "commit", commits.append)
     told = [push(recorder, str(number % 50), filled_qty=number // 50) for number in range(500)]
     gate.set()
     assert all(written.wait(PATIENCE) for written in told)
@@ -100,7 +100,7 @@ def test_a_stuck_journal_gets_them_later(journal: Broken, recorder: Recorder) ->
 def test_an_odd_push_takes_no_other_with_it(journal: Broken, recorder: Recorder) -> None:
     journal.odd = "odd"
     gate = threading.Event()
-    journal._commits.post(lambda connection: gate.wait(PATIENCE))
+    journal._database._commits.post(lambda connection: gate.wait(PATIENCE))
     push(recorder, "before")
     odd = push(recorder, "odd")
     after = push(recorder, "after")

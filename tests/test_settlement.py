@@ -30,15 +30,9 @@ import pytest
 from acceptance.kit import Answer, Trader, in_time, wait_for
 from httptrading.brokers.base import OPERATIONS, BaseBroker
 from httptrading.brokers.group_commit import GroupCommit
-from httptrading.brokers.journal import (
-    NOT_PLACED,
-    PLACED,
-    REFUSED,
-    UNKNOWN,
-    Journal,
-    OrderRequest,
-    Outcome,
-)
+from httptrading.brokers.journal import Journal
+from httptrading.brokers.journal_rows import OrderRequest, Outcome
+from httptrading.brokers.journal_tables import NOT_PLACED, PLACED, REFUSED, UNKNOWN
 from httptrading.brokers.worker import Call
 from httptrading.errors import (
     BrokerUnavailable,
@@ -572,7 +566,7 @@ with stage(folder / "data") as on:
         return "1"
     on.script.do["place_order"] = at_the_broker
     if place == "before the row is durable":
-        on.gateway._journal._commits._commit = crash
+        on.gateway._journal._database._commits._commit = crash
     if place == "before the outcome is durable":
         Journal.settle = crash
     if place == "before the answer":
@@ -913,7 +907,7 @@ def test_cancel_all_does_not_wait_for_the_disk(on: Stage) -> None:
     trader: Trader = on.trader()
     ids = [trader.placed(LIMIT_ORDER), *open_orders(on, 2)]
     gate = threading.Event()
-    on.gateway._journal._commits.post(lambda connection: gate.wait(300))
+    on.gateway._journal._database._commits.post(lambda connection: gate.wait(300))
     try:
         nodes = trader.post("order/cancel-all", {})["orders"]
     finally:
@@ -1159,8 +1153,8 @@ def test_a_journal_that_cannot_even_be_read(on: Stage, tmp_path: Path) -> None:
     path = tmp_path / "journal.sqlite"
     path.rename(tmp_path / "away")
     path.mkdir()
-    on.gateway._journal._let_go()
-    on.gateway._journal._reader.dispose()
+    on.gateway._journal._database._let_go()
+    on.gateway._journal._database._reader.dispose()
     for key in ("first", "new"):
         answer = trader.place(LIMIT_ORDER, key=key)
         assert (answer.status, answer.code) == (503, "BUSY"), answer
@@ -1183,7 +1177,7 @@ def test_a_journal_that_cannot_even_be_read(on: Stage, tmp_path: Path) -> None:
 def test_a_disk_that_hangs(on: Stage) -> None:
     """The request ends by its deadline, nothing is sent, and what is written late is settled."""
     trader: Trader = on.trader()
-    commits = on.gateway._journal._commits
+    commits = on.gateway._journal._database._commits
     gate = threading.Event()
     commits.post(lambda connection: gate.wait(300))
     try:
@@ -1203,7 +1197,7 @@ def test_a_disk_that_hangs_holds_no_question_up(on: Stage) -> None:
     trader: Trader = on.trader()
     order_id = trader.placed(LIMIT_ORDER)
     gate = threading.Event()
-    on.gateway._journal._commits.post(lambda connection: gate.wait(300))
+    on.gateway._journal._database._commits.post(lambda connection: gate.wait(300))
     try:
         for filled in (3, 4):
             known = replace(on.script.orders[0].order, filled_qty=filled)
