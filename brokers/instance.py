@@ -6,31 +6,27 @@ error of the tree. Sections below: reads, placing, cancelling, orders, what the 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 import logging
-import secrets
-import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from httptrading.brokers.base import READS, BaseBroker, Combination, Link
 from httptrading.brokers.journal import Journal
-from httptrading.brokers.journal_database import TOO_SLOW
-from httptrading.brokers.journal_rows import JournalOrder, OrderRequest, Outcome
-from httptrading.brokers.journal_tables import NOT_PLACED, PLACED, REFUSED, SEEN, UNKNOWN, UNSETTLED
+from httptrading.brokers.journal_rows import JournalOrder, OrderRequest
+from httptrading.brokers.journal_tables import NOT_PLACED, PLACED, REFUSED, SEEN, UNSETTLED
 from httptrading.brokers.limits import WindowState, shared_windows
 from httptrading.brokers.local import LocalBroker
+from httptrading.brokers.placing import NOTHING_SENT, WRITE_SECONDS, Placed, Placing, unknown
 from httptrading.brokers.process import ChildBroker
 from httptrading.brokers.reads import ReadMemory
 from httptrading.brokers.recorder import Recorder
@@ -39,7 +35,6 @@ from httptrading.brokers.settlement import Settlement
 from httptrading.brokers.worker import (
     Backend,
     Call,
-    NotSentInTime,
     Worker,
     WorkerState,
     not_sent_in_time,
@@ -48,11 +43,8 @@ from httptrading.errors import (
     BrokerUnavailable,
     Busy,
     HttpTradingError,
-    IdempotencyConflict,
-    InvalidRequest,
     OrderNotFound,
     OutcomeUnknown,
-    RateLimited,
     Rejected,
     TimedOut,
     Unsupported,
@@ -73,48 +65,11 @@ from httptrading.tickers import currency_of
 
 log = logging.getLogger("httptrading.instance")
 
-WRITE_SECONDS = 0.1
-"""How much longer an answer may take for its record to be written."""
-
 ANSWER_GRACE = 0.1
 """Seconds a waiter stays beyond the deadline for the operation's own account of what happened."""
 
 WORTH_ASKING = 0.5
 """Seconds that must be left for a read to be asked again after another reader's call timed out."""
-
-_NOTHING_SENT = (
-    BrokerUnavailable,
-    Busy,
-    InvalidRequest,
-    NotSentInTime,
-    RateLimited,
-    Unsupported,
-)
-"""With these an operation that changes something promises that it did nothing; any other error,
-but for the broker's refusal, leaves it open."""
-
-
-@dataclass(frozen=True)
-class Placed:
-    """An order that the broker took. `replayed`: the stored answer of an earlier request."""
-
-    order_id: str
-    client_order_id: str
-    time: datetime
-    replayed: bool = False
-
-
-class Placement(Future[str]):
-    """An order being sent right now under a client order id; done when the SDK call has ended."""
-
-    def __init__(self, request: OrderRequest) -> None:
-        super().__init__()
-        self.request = request
-        self.mark = ""
-        self.call: Call | None = None
-        self.answer: str | HttpTradingError | None = None  # known; done when that is recorded
-        self.row_id: int | None = None  # None until it is in the journal
-        self.created: datetime | None = None
 
 
 @dataclass
@@ -201,10 +156,9 @@ class Instance:
             self.workers[name] = worker
             self._worker_of |= dict.fromkeys(operations, worker)
         self._cash_takes_currency = "currency" in inspect.signature(broker_class.cash).parameters
-        self._placing: dict[str, Placement] = {}
         self._joined: dict[str, _Joined] = {}  # by order id
-        self._placing_lock = threading.Lock()
         self.settlement = Settlement(self, journal)
+        self._placing = Placing(self, journal, recorder)
         self._draining = False
         self._drain_until = float("inf")
 
@@ -328,13 +282,13 @@ class Instance:
             known, value = self._reads.answer(operation, key)
             if known:
                 return value
-        worker = self._worker(operation)
+        worker = self.worker(operation)
         own = Call(operation, arguments, deadline)
         shared = self._reads.join(operation, key, fresh, lambda: worker.submit(own))
         call = shared.call
         call.deadline = max(call.deadline, deadline)
         try:
-            return self._wait(call, deadline)
+            return self.wait(call, deadline)
         except TimedOut:
             # The time of the reader who began the call is up, but perhaps not this one's.
             if call is own or deadline - time.monotonic() < WORTH_ASKING:
@@ -350,7 +304,7 @@ class Instance:
             f"{self.broker.broker_display} did not answer before the deadline."
         )
 
-    def _worker(self, operation: str) -> Worker:
+    def worker(self, operation: str) -> Worker:
         if not offers(type(self.broker), operation):
             raise Unsupported(f"{self.broker.broker_display} does not offer {operation}")
         worker = self._worker_of.get(operation)
@@ -359,7 +313,7 @@ class Instance:
         worker.start()
         return worker
 
-    def _wait(self, future: Future[Any], deadline: float) -> Any:
+    def wait(self, future: Future[Any], deadline: float) -> Any:
         """The result by the deadline, or by the end of the drain when the service is stopping."""
         while True:
             until = deadline + ANSWER_GRACE
@@ -377,252 +331,10 @@ class Instance:
 
     # --- placing ------------------------------------------------------------------------------
     def place(self, request: OrderRequest, client_order_id: str | None, deadline: float) -> Placed:
-        """Sends an order at most once per client order id; see the journal for its states."""
-        key = client_order_id or new_client_order_id()
-        try:
-            return self._place(request, key, deadline)
-        except HttpTradingError as error:
-            error.client_order_id = key
-            raise
+        """Sends an order at most once per client order id."""
+        return self._placing.place(request, client_order_id, deadline)
 
-    def _place(self, request: OrderRequest, key: str, deadline: float) -> Placed:
-        while True:
-            with self._placing_lock:
-                placement = self._placing.get(key)
-                mine = placement is None
-                if placement is None:
-                    placement = self._placing[key] = Placement(request)
-            if placement.request != request:
-                raise _conflict(key)
-            if not mine:
-                # A push or a listing may have found the order while its call is stuck.
-                found = self._found(key)
-                try:
-                    return found or self._await_placement(placement, key, deadline, replayed=True)
-                except OutcomeUnknown:
-                    found = self._found(key)
-                    if found is not None:
-                        return found
-                    if placement.call is not None or time.monotonic() >= deadline:
-                        raise
-                    continue  # that request has found it unsettled: wait for that as it does
-                except HttpTradingError as error:
-                    # What the broker was asked and said is said to all; but a request that gave
-                    # up before leaves this one its right to try.
-                    asked = placement.call is not None and placement.call.began is not None
-                    if asked or not error.retryable or time.monotonic() >= deadline:
-                        raise
-                    continue
-            try:
-                known = self._journal.by_client_order_id(self.id, key)
-                if known is not None:
-                    if not known.same_content(request):
-                        raise _conflict(key)
-                    if known.state in (PLACED, SEEN):
-                        return self._release(key, placement, known)
-                    if known.state == REFUSED:
-                        raise _own(Rejected(known.order.error_reason), replayed=True)
-                if known is None or known.state == NOT_PLACED:
-                    # Only now: an order sent earlier is answered for, whatever is allowed today.
-                    self._check_allowed(request, deadline)
-                    self._send(request, key, known.attempt + 1 if known else 1, placement, deadline)
-                    return self._await_placement(placement, key, deadline, replayed=False)
-            except BaseException as error:
-                self._give_back(key, placement, error)
-                raise
-            # Sent earlier with an outcome that is not known yet: never again before it is settled.
-            self._give_back(key, placement, _unknown(key))
-            try:
-                settled = self.settlement.wait_for(known, deadline)
-            except Busy:
-                settled = False  # the journal, which was readable just now
-            if not settled:
-                raise self._unsettled(known)
-
-    def _found(self, key: str) -> Placed | None:
-        """The replayed answer for an order that is known to be at the broker."""
-        try:
-            known = self._journal.by_client_order_id(self.id, key)
-        except Busy:
-            return None
-        if known is None or known.state not in (PLACED, SEEN):
-            return None
-        return Placed(known.order_id, key, known.created, replayed=True)
-
-    def _release(self, key: str, placement: Placement, known: JournalOrder) -> Placed:
-        self._forget(key, placement)
-        placement.set_result(known.order_id)
-        return Placed(known.order_id, key, known.created, replayed=True)
-
-    def _forget(self, key: str, placement: Placement) -> None:
-        with self._placing_lock:
-            if self._placing.get(key) is placement:
-                del self._placing[key]
-
-    def _give_back(self, key: str, placement: Placement, error: BaseException) -> None:
-        """Ends a placement that was never let run."""
-        self._withdraw(placement)
-        call = placement.call
-        if (call is None or not call.ready) and not placement.done():
-            self._forget(key, placement)
-            placement.set_exception(error)
-
-    def _withdraw(self, placement: Placement) -> None:
-        """Takes its call out of the queue, if it is still there."""
-        call = placement.call
-        if call is None:
-            return
-        worker = self._worker("place_order")
-        if worker.withdraw(call):
-            call.set_exception(worker.unavailable() or not_sent_in_time())
-
-    def _send(
-        self,
-        request: OrderRequest,
-        key: str,
-        attempt: int,
-        placement: Placement,
-        deadline: float,
-    ) -> None:
-        """Takes a place in the queue, has the order recorded, and only then lets it run.
-
-        In this order nothing is recorded for a call that is refused, and no worker waits for the
-        disk, so that orders that come together are written together.
-        """
-        mark = placement.mark = self._journal.mark(self.id, key, attempt)
-
-        def finish(order_id: Any, error: HttpTradingError | None) -> None:
-            self._finish_place(key, placement, order_id, error)
-
-        arguments = {
-            "contract": request.contract,
-            "order_type": request.order_type,
-            "time_in_force": request.time_in_force,
-            "lifecycle": request.lifecycle,
-            "direction": request.direction,
-            "qty": request.qty,
-            "price": None if request.price is None else float(request.price),
-            "client_order_id": key,
-            "mark": mark,
-        }
-        begin = self._reads.stale
-        call = Call("place_order", arguments, deadline, begin=begin, finish=finish, ready=False)
-        self._worker("place_order").submit(call)
-        placement.call = call
-        call.add_done_callback(lambda call: self._placement_ended(key, placement))
-        self.settlement.call_began(mark)
-        recorded = self._journal.begin(self.id, key, attempt, request)
-        recorded.add_done_callback(lambda row: self._recorded(key, placement, row))
-
-    def _recorded(self, key: str, placement: Placement, row: Future[tuple[int, datetime]]) -> None:
-        """On the journal's thread: the order's row is durable, so the call may run; or it cannot be
-        written."""
-        call, worker = placement.call, self._worker("place_order")
-        assert call is not None
-        error = row.exception()
-        if error is not None:
-            # It may have got there all the same; settlement then finds that there is no such order.
-            self.settlement.call_ended(placement.mark, settled=False)
-            self._give_back(key, placement, error)
-            return
-        placement.row_id, placement.created = row.result()
-        if not worker.release(call):
-            unsent = call.exception()
-            assert isinstance(unsent, HttpTradingError)
-            self._never_sent(key, placement, unsent)
-
-    def _finish_place(
-        self, key: str, placement: Placement, order_id: Any, error: HttpTradingError | None
-    ) -> None:
-        """On the worker, which does not wait for the disk: what became of a sent order."""
-        self._reads.stale()
-        if error is None and not _no_id(order_id):
-            outcome = Outcome(PLACED, order_id=str(order_id))
-            self._settle(key, placement, outcome, str(order_id))
-        elif isinstance(error, Rejected):
-            self._settle(key, placement, Outcome(REFUSED, reason=error.text), error)
-        elif isinstance(error, _NOTHING_SENT):
-            self._never_sent(key, placement, error)
-        else:
-            self._settle(key, placement, Outcome(UNKNOWN), _unknown(key))
-
-    def _never_sent(self, key: str, placement: Placement, error: HttpTradingError) -> None:
-        self._settle(key, placement, Outcome(NOT_PLACED, reason=error.text), error)
-
-    def _settle(
-        self, key: str, placement: Placement, outcome: Outcome, answer: str | HttpTradingError
-    ) -> None:
-        """Writes the outcome; when it is recorded, those who wait for the order are answered."""
-        placement.answer = answer
-
-        def resolve() -> None:
-            self._forget(key, placement)
-            if placement.done():
-                return  # its request was told in time that nothing was sent
-            if isinstance(answer, str):
-                placement.set_result(answer)
-            else:
-                placement.set_exception(answer)
-
-        self._write(placement, outcome, resolve)
-
-    def _write(self, placement: Placement, outcome: Outcome, then: Callable[[], None]) -> None:
-        """Gives the outcome to the journal; `then` runs when that is done, or has failed: the
-        client is answered all the same, and the journal learns it as soon as it can."""
-        assert placement.row_id is not None and placement.call is not None
-        settle = partial(self._journal.settle, placement.row_id, outcome, soon=self.lists_orders)
-        settled = outcome.state != UNKNOWN
-        began = placement.call.began
-        ended = partial(self.settlement.call_ended, placement.mark, began=began)
-
-        def written(future: Future[None]) -> None:
-            if future.exception() is None:
-                ended(settled=settled)
-            else:
-                self._recorder.outcome(
-                    self.id,
-                    lambda: settle().result(),
-                    written=partial(ended, settled=settled),
-                    dropped=partial(ended, settled=False),  # it is looked for at the broker
-                )
-            then()
-
-        settle().add_done_callback(written)
-
-    def _placement_ended(self, key: str, placement: Placement) -> None:
-        """The call is over. If it ran, `_finish_place` knows more; if it was not ready,
-        `_recorded` will see."""
-        call = placement.call
-        assert call is not None
-        if call.began is None and call.ready:
-            error = call.exception()
-            assert isinstance(error, HttpTradingError)
-            self._never_sent(key, placement, error)
-
-    def _await_placement(
-        self, placement: Placement, key: str, deadline: float, *, replayed: bool
-    ) -> Placed:
-        try:
-            order_id = self._wait(placement, deadline)
-        except FutureTimeout:
-            if not replayed:
-                self._withdraw(placement)
-                if placement.call is not None and not placement.call.ready:
-                    raise Busy(TOO_SLOW, retry_after=2) from None  # nor will it ever run
-            answer = placement.answer
-            if answer is None:
-                self.settlement.call_late(placement.mark)
-                raise _unknown(key) from None
-            # Until it is recorded the key is taken.
-            wait([placement], WRITE_SECONDS)
-            if isinstance(answer, HttpTradingError):
-                raise _own(answer, replayed) from None
-            order_id = answer
-        except HttpTradingError as error:
-            raise _own(error, replayed) from None
-        return Placed(order_id, key, placement.created or datetime.now(UTC), replayed)
-
-    def _check_allowed(self, request: OrderRequest, deadline: float) -> None:
+    def check_allowed(self, request: OrderRequest, deadline: float) -> None:
         """What the broker takes, and the instance's own switches."""
         self._check_writable()
         self.broker.check_order(
@@ -684,16 +396,16 @@ class Instance:
             begin=self._reads.stale,
             finish=lambda result, error: self._reads.stale(),
         )
-        worker = self._worker("cancel_order")
+        worker = self.worker("cancel_order")
         worker.submit(call)
         try:
-            self._wait(call, deadline)
+            self.wait(call, deadline)
         except FutureTimeout:
             if worker.withdraw(call):
                 raise worker.unavailable() or not_sent_in_time() from None
             raise _cancel_unknown() from None
         except HttpTradingError as error:
-            said_no = isinstance(error, (Rejected, OrderNotFound, *_NOTHING_SENT))
+            said_no = isinstance(error, (Rejected, OrderNotFound, *NOTHING_SENT))
             if call.began is not None and not said_no:
                 raise _cancel_unknown() from None
             raise
@@ -721,7 +433,7 @@ class Instance:
                 answers.append((order.order_id, error))
         with suppress(Busy):
             for row in self._journal.unsettled(self.id):
-                answers.append(("", self._unsettled(row)))
+                answers.append(("", self.unsettled(row)))
         if unlisted is not None:
             words = f"Only orders known here were cancelled, others may be open: {unlisted.text}"
             answers.append(("", HttpTradingError(words)))
@@ -935,7 +647,7 @@ class Instance:
     def _order_id_of(self, row: JournalOrder) -> str:
         """Raises when the row has no order at the broker, or not one that is known yet."""
         if row.state in UNSETTLED:
-            raise self._unsettled(row)
+            raise self.unsettled(row)
         if row.state == NOT_PLACED:
             raise OrderNotFound(
                 f"The order was not placed; clientOrderId {row.client_order_id} may be used again."
@@ -944,11 +656,11 @@ class Instance:
             raise OrderNotFound(f"The broker refused the order: {row.order.error_reason}")
         return row.order_id
 
-    def _unsettled(self, row: JournalOrder) -> OutcomeUnknown:
+    def unsettled(self, row: JournalOrder) -> OutcomeUnknown:
         """Which may be for good: then only the trader can find out."""
         key = row.client_order_id or ""
         if not self.lists_orders or row.created >= self.listed_since(datetime.now(UTC)):
-            return _unknown(key)
+            return unknown(key)
         error = OutcomeUnknown(
             "The order was sent so long ago that the broker's lists no longer tell what became of "
             "it. Look for it in the broker's own app; when it surely is not there, send it under "
@@ -986,11 +698,6 @@ def _read_key(operation: str, arguments: Mapping[str, Any]) -> Hashable:
     return (operation, *sorted(arguments.items()))
 
 
-def new_client_order_id() -> str:
-    """Made by the gateway for a client that gives none."""
-    return secrets.token_hex(12)
-
-
 def offers(broker_class: type, operation: str) -> bool:
     """Whether a broker has an operation of its own (`ping` is always there)."""
     method = getattr(broker_class, operation, None)
@@ -1004,35 +711,7 @@ def _final_word(order: Order) -> str:
     return "already cancelled" if order.is_canceled else f"failed ({order.error_reason})"
 
 
-def _conflict(key: str) -> IdempotencyConflict:
-    return IdempotencyConflict(
-        f"clientOrderId {key} names an order with other content; nothing was sent. "
-        "Use a new clientOrderId for a new order."
-    )
-
-
-def _unknown(key: str) -> OutcomeUnknown:
-    error = OutcomeUnknown(
-        "The order was sent, but its outcome is not known yet. Do not send it under another "
-        f"clientOrderId: ask order/state?clientOrderId={key}, or repeat the same request."
-    )
-    error.client_order_id = key
-    return error
-
-
 def _cancel_unknown() -> OutcomeUnknown:
     return OutcomeUnknown(
         "The cancellation was sent, but no clear answer came. Ask order/state what became of it."
     )
-
-
-def _own(error: HttpTradingError, replayed: bool = False) -> HttpTradingError:
-    """A copy of an error that several requests are answered with: each marks its own."""
-    mine = copy.copy(error)
-    mine.replayed = replayed
-    return mine
-
-
-def _no_id(order_id: Any) -> bool:
-    """Whether a broker's answer to a placement names no order."""
-    return order_id in (None, "", 0, "0")

@@ -170,13 +170,14 @@ def test_twelve_at_once_are_told_no(on: Stage, error: Exception) -> None:
         return on.trader().place(LIMIT_ORDER, key="k", timeout=30)
 
     instance = on.gateway.instance(on.brokers[0].instance_id)
-    await_placement, waiting = instance._await_placement, []
+    placing = instance._placing
+    await_placement, waiting = placing._await_placement, []
 
     def counted(*arguments: Any, **keywords: Any) -> Any:
         waiting.append(1)
         return await_placement(*arguments, **keywords)
 
-    instance._await_placement = counted
+    placing._await_placement = counted
     on.script.do["place_order"] = raising(error)
     with ThreadPoolExecutor(12) as pool:
         with on.script.hold("place_order"):
@@ -300,7 +301,9 @@ def test_one_whose_time_is_up_leaves_the_others_their_try(on: Stage) -> None:
             sent = pool.submit(on.trader().place, LIMIT_ORDER, key="sent", timeout=30)
             on.script.arrived("place_order")
             first = pool.submit(instance.place, REQUEST, "k", time.monotonic() + 0.5)
-            wait_for(lambda: "k" in instance._placing or first.done(), "the first request")
+            wait_for(
+                lambda: "k" in instance._placing._in_flight or first.done(), "the first request"
+            )
             second = pool.submit(instance.place, REQUEST, "k", time.monotonic() + 30)
             error = first.exception(60)
         assert sent.result(60).ok and not second.result(60).replayed

@@ -261,7 +261,7 @@ def test_a_late_waiter_is_told_of_the_silence(on: Pair, monkeypatch: pytest.Monk
     """The read was sent and not answered, however long ago the child has been replaced."""
     instance = on.gateway.instance(IDS[0])
     (worker,) = instance.workers.values()
-    before, wait = worker.state.replacements, instance._wait
+    before, wait = worker.state.replacements, instance.wait
 
     def slow(call: Any, deadline: float) -> Any:
         try:
@@ -271,7 +271,7 @@ def test_a_late_waiter_is_told_of_the_silence(on: Pair, monkeypatch: pytest.Monk
                 wait_for(lambda: worker.state.replacements > before, "a new child's start")
             raise
 
-    monkeypatch.setattr(instance, "_wait", slow)
+    monkeypatch.setattr(instance, "wait", slow)
     answer = in_time(
         lambda seconds: on.trader().quote("US", "HANG", timeout=seconds),
         lambda answer: worker.state.replacements > before,

@@ -1266,7 +1266,7 @@ def test_half_a_character_in_a_refusal(on: Stage) -> None:
 
 
 def test_a_deadline_that_has_passed_is_no_rate_limit(on: Stage) -> None:
-    worker = on.gateway.instance(INSTANCE)._worker("cash")
+    worker = on.gateway.instance(INSTANCE).worker("cash")
     with pytest.raises(TimedOut, match="nothing was sent"):
         worker.submit(Call("cash", {}, time.monotonic() - 0.01))
 
