@@ -199,8 +199,8 @@ class ChildBroker:
     async def _ask(self, message: tuple[Any, ...], seconds: float | None) -> Any:
         """Sends a request and returns its answer; raises the error the child answered with."""
         self._reply = asyncio.get_running_loop().create_future()
-        self._send(message)
         try:
+            self._send(message)
             async with asyncio.timeout(None if seconds is None else seconds + 1.0):
                 kind, value = await self._reply
         except TimeoutError:
@@ -222,8 +222,7 @@ class ChildBroker:
         try:
             self._pipe.send_bytes(pickle.dumps(message, PICKLE_PROTOCOL))
         except OSError:
-            self._lose("its connection is closed")
-            raise _ChildGone("its connection is closed") from None
+            self._lose("its connection is closed")  # and so is told whoever waits for the answer
 
     def _on_readable(self) -> None:
         """Takes one message; the loop calls again while there is more."""

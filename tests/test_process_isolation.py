@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
 import shutil
 import signal
@@ -24,6 +26,7 @@ from acceptance.kit import Trader, in_time, wait_for
 from httptrading import InstanceSettings, create_app
 from httptrading.brokers import worker as worker_module
 from httptrading.brokers.process import ChildBroker, own_paths
+from httptrading.brokers.worker import Ended
 from simulators.isolated import IsolatedBroker
 
 ORDER: dict[str, Any] = {
@@ -494,3 +497,24 @@ def test_an_interpreter_that_cannot_run_us_is_told(tmp_path: Path) -> None:
         assert answer.status == 503
     finally:
         app.extensions["httptrading"].close()
+
+
+def test_a_child_that_is_gone_when_it_is_asked(tmp_path: Path) -> None:
+    """Its end is noticed by writing to it, before the loop has read it; that is told once."""
+    prototype = IsolatedBroker({"ledger": str(tmp_path / "ledger")}, IDS[0], [TOKENS[0]])
+    unheard: list[Any] = []
+
+    async def ask() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, told: unheard.append(told))
+        child = ChildBroker(prototype, "trade", tmp_path, None)
+        await child.open(60.0)
+        child.interrupt()
+        psutil.Process(child.pid).wait(60)
+        with pytest.raises(Ended):
+            await child.run("cash", {}, 60.0)
+        await child.close()
+        del child
+        gc.collect()
+
+    asyncio.run(ask())
+    assert not unheard
