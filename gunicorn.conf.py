@@ -73,6 +73,7 @@ def on_starting(server):
     """Refuses a second process, of this service or of another one with the same accounts."""
     hooks.on_starting(server)
     hooks.refuse_second_owner(Gateway(settings.instances, settings.data_dir))
+    hooks.refuse_taken_address(server)
     hooks.reload_only_what_loads(server, lambda: load_settings(None, os.environ))
 
 

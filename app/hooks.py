@@ -10,6 +10,7 @@ import logging
 import os
 import queue
 import signal
+import socket
 import sys
 import threading
 import time
@@ -68,6 +69,25 @@ def refuse_second_owner(gateway: Gateway) -> None:
                 "HTTPTRADING_DATA_DIR) and accounts of its own."
             )
         time.sleep(0.1)
+
+
+def refuse_taken_address(server: Any) -> None:
+    """Ends a start that could not listen, in one line: gunicorn itself says it in ten."""
+    if {"GUNICORN_PID", "LISTEN_FDS"} & os.environ.keys():
+        return  # it is given sockets that listen already
+    for address in server.cfg.address:
+        if isinstance(address, tuple):
+            host, port = address
+            try:
+                with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
+                    trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    trial.bind(address)
+            except OSError as error:
+                sys.exit(
+                    f"httptrading: cannot listen on {host}, port {port} ({error.strerror}). Stop "
+                    "what listens there, or choose another: host and port in the configuration, "
+                    "HTTPTRADING_HOST and HTTPTRADING_PORT, `make run PORT=…`."
+                )
 
 
 def reload_only_what_loads(server: Any, load: Callable[[], object]) -> None:

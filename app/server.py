@@ -47,6 +47,7 @@ def run(
     def on_starting(server: Any) -> None:
         hooks.on_starting(server)
         hooks.refuse_second_owner(app.extensions["httptrading"])
+        hooks.refuse_taken_address(server)
 
     class Server(BaseApplication):  # type: ignore[misc]
         def load_config(self) -> None:

@@ -170,6 +170,14 @@ def test_a_wrong_configuration_ends_the_start_with_a_list(service: Service) -> N
     assert TOKEN not in service.log
 
 
+def test_a_port_in_use_ends_the_start_in_one_line(service: Service) -> None:
+    with socket.create_server(("127.0.0.1", service.port)):
+        assert service.start().wait(180) == 1
+    [line] = [line for line in service.log.splitlines() if "listen" in line]
+    assert f"cannot listen on 127.0.0.1, port {service.port} (Address already in use)" in line
+    assert "Traceback" not in service.log
+
+
 def test_sigterm_ends_a_service_whose_broker_hangs(hanging: Service) -> None:
     # A master with patience: 4 s, as shipped, pass while a machine stands still.
     patient = ("--graceful-timeout", "45")
