@@ -16,6 +16,7 @@ import pytest
 
 from acceptance.cases import BrokerAcceptance, FaultAcceptance, PushAcceptance
 from acceptance.kit import Subject
+from acceptance.seed import SAMPLE
 from httptrading import *  # noqa: F403  the sample's own imports
 from httptrading.brokers.base import BaseBroker
 from httptrading.brokers.registry import broker_register
@@ -382,49 +383,6 @@ class TestAsyncDef(_Custom):
 
 class TestPlainDef(_Custom):
     broker_class = MyPlainApi
-
-
-SAMPLE = """
-from httptrading import *
-from httptrading.model import *
-
-
-@broker_register('myApi', 'XX证券')
-class MyTradingApi(BaseBroker):
-    async def place_order(
-        self,
-        contract: Contract,
-        order_type: OrderType,
-        time_in_force: TimeInForce,
-        lifecycle: Lifecycle,
-        direction: str,
-        qty: int,
-        price: float = None,
-        **kwargs
-    ) -> str:
-        raise NotImplementedError
-
-    async def order(self, order_id: str) -> Order:
-        raise NotImplementedError
-
-    async def cancel_order(self, order_id: str):
-        raise NotImplementedError
-
-    async def positions(self) -> list[Position]:
-        raise NotImplementedError
-
-    async def cash(self) -> Cash:
-        raise NotImplementedError
-
-    async def ping(self) -> bool:
-        return True
-
-    async def quote(self, contract: Contract) -> Quote:
-        raise NotImplementedError
-
-    async def market_status(self) -> dict[str, dict[str, MarketStatus]]:
-        raise NotImplementedError
-"""
 
 
 def test_the_documents_sample_as_it_stands(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ import psutil
 import pytest
 
 from acceptance.kit import wait_for
+from acceptance.seed import SAMPLE
 from httptrading.app import bulkhead, hooks
 from httptrading.brokers.gateway import DRAIN_SECONDS
 from httptrading.errors import Busy
@@ -707,51 +708,6 @@ def test_two_processes_of_a_host_have_one_owner(host: Path) -> None:
 
 
 # --- the seed's samples --------------------------------------------------------------------------
-SAMPLE = """
-from httptrading import *
-from httptrading.model import *
-
-
-@broker_register('myApi', 'XX证券')
-class MyTradingApi(BaseBroker):
-    # 根据需要的功能实现接口
-    # 如果 sdk 提供的方式会阻塞 eventloop, 需要使用 self.call_sync 方法传入阻塞方法
-    async def place_order(
-        self,
-        contract: Contract,
-        order_type: OrderType,
-        time_in_force: TimeInForce,
-        lifecycle: Lifecycle,
-        direction: str,
-        qty: int,
-        price: float = None,
-        **kwargs
-    ) -> str:
-        raise NotImplementedError
-
-    async def order(self, order_id: str) -> Order:
-        raise NotImplementedError
-
-    async def cancel_order(self, order_id: str):
-        raise NotImplementedError
-
-    async def positions(self) -> list[Position]:
-        raise NotImplementedError
-
-    async def cash(self) -> Cash:
-        raise NotImplementedError
-
-    async def ping(self) -> bool:
-        return True
-
-    async def quote(self, contract: Contract) -> Quote:
-        raise NotImplementedError
-
-    async def market_status(self) -> dict[str, dict[str, MarketStatus]]:
-        raise NotImplementedError
-"""
-
-
 def test_the_sample_broker_and_a_futu_that_nobody_answers(tmp_path: Path) -> None:
     """Both samples in one service: it starts, listens, and says what is not there."""
     port = free_port()
