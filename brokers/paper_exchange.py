@@ -518,8 +518,10 @@ class PaperExchange:
 
         After a fill above what was reckoned with there may be less left than that: all of it then.
         """
-        left = account.spendable(order.currency) + order.reserved
-        need = Decimal(0) if order.status.is_final else min(self._cover(order), left)
+        need = Decimal(0)
+        if not order.status.is_final:
+            left = account.spendable(order.currency) + order.reserved
+            need = min(self._cover(order), left)
         account.reserve(order.currency, need - order.reserved)
         order.reserved = need
 
@@ -630,11 +632,11 @@ class _Account:
 
     def add(self, order: PaperOrder, now: float) -> None:
         self._stamp(order, now)
-        self._db.execute(ORDERS.insert().values(_row(order)))
+        self._db.execute(ORDERS.insert(), _row(order))
 
     def save(self, order: PaperOrder, now: float) -> None:
         self._stamp(order, now)
-        self._db.execute(ORDERS.update().where(ORDERS.c.number == order.number).values(_row(order)))
+        self._db.execute(ORDERS.update().where(ORDERS.c.number == order.number), _row(order))
 
     def _stamp(self, order: PaperOrder, now: float) -> None:
         last = self._db.scalar(sa.select(sa.func.max(ORDERS.c.change))) or 0
