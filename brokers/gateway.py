@@ -45,10 +45,6 @@ class InstanceLock:
         self._path = data_dir / "instances" / f"{name}.lock"
         self._file: int | None = None
 
-    @property
-    def held(self) -> bool:
-        return self._file is not None
-
     def take(self) -> bool:
         """True when this process owns the instance now."""
         if self._file is None:
