@@ -35,7 +35,7 @@ from httptrading.app.ask import (
 )
 from httptrading.app.auth import Doorkeeper
 from httptrading.app.bulkhead import Bulkhead
-from httptrading.app.config import Settings
+from httptrading.app.config import Settings, masked
 from httptrading.app.metrics import Metrics
 from httptrading.brokers.gateway import Gateway
 from httptrading.brokers.worker import asked_by
@@ -125,7 +125,7 @@ class Service:
             request.method,
             path,
             request_id=request_id,
-            instance=admitted[:4] + "…",
+            instance=masked(admitted),
             status=response.status_code,
             outcome=outcome,
             milliseconds=round(seconds * 1000, 2),

@@ -20,7 +20,7 @@ from typing import Any
 
 from gunicorn.workers.gthread import ThreadWorker
 
-from httptrading.app.config import ConfigurationError
+from httptrading.app.config import ConfigurationError, masked
 from httptrading.app.logs import flush_logs, log_aside, quotes_no_request, secrets_of
 from httptrading.brokers.gateway import Gateway
 
@@ -62,7 +62,7 @@ def refuse_second_owner(gateway: Gateway) -> None:
     end = time.monotonic() + _PREDECESSOR_ENDS_WITHIN
     while owners := gateway.owned_elsewhere():
         if time.monotonic() > end:
-            listed = ", ".join(f"{name[:4]}… by process {pid}" for name, pid in owners.items())
+            listed = ", ".join(f"{masked(name)} by process {pid}" for name, pid in owners.items())
             sys.exit(
                 f"httptrading: already served from {gateway.data_dir}: {listed}. One process owns "
                 "an instance: stop that one first, or give this one a data directory (data_dir, "
