@@ -26,7 +26,7 @@ from httptrading.brokers.local import LocalBroker
 from httptrading.errors import BrokerUnavailable, HttpTradingError, InternalError
 from httptrading.model import Contract, Fill, OrderReport, Quote
 
-PICKLE_PROTOCOL = 4
+PICKLE_PROTOCOL = 4  # read by every Python from 3.8
 
 
 class _PlainPickler(pickle.Pickler):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from httptrading.brokers.base import CHANGES, BaseBroker, Link
+from httptrading.brokers.child import PICKLE_PROTOCOL
 from httptrading.brokers.worker import Ended
 from httptrading.errors import (
     BrokerUnavailable,
@@ -28,7 +29,6 @@ from httptrading.errors import (
     OutcomeUnknown,
 )
 
-PICKLE_PROTOCOL = 4  # read by every Python from 3.8
 LARGEST_MESSAGE = 64 * 1024 * 1024
 
 _PACKAGE = Path(__file__).resolve().parent.parent
