@@ -9,7 +9,7 @@
     └── BrokerError
         ├── Rejected          the broker said no
         ├── RateLimited       our window or the broker's own limit; nothing was done
-        ├── Busy              queue full or shutting down; nothing was sent
+        ├── Busy              not now (a full queue, no journal, shutting down); nothing was sent
         ├── BrokerUnavailable no connection; nothing was sent
         ├── TimedOut          the deadline passed; nothing was changed at the broker
         └── OutcomeUnknown    sent, answer not known: look before repeating
