@@ -35,8 +35,9 @@ from httptrading.app.ask import (
 )
 from httptrading.app.auth import Doorkeeper
 from httptrading.app.bulkhead import Bulkhead
-from httptrading.app.config import Settings, masked
+from httptrading.app.config import Settings
 from httptrading.app.metrics import Metrics
+from httptrading.brokers.base import masked
 from httptrading.brokers.gateway import Gateway
 from httptrading.brokers.worker import asked_by
 from httptrading.errors import HttpTradingError

@@ -27,7 +27,7 @@ from typing import Any
 import platformdirs
 from marshmallow import RAISE, Schema, ValidationError, fields, validate
 
-from httptrading.brokers.base import READS, BaseBroker, Window
+from httptrading.brokers.base import READS, BaseBroker, Window, masked
 from httptrading.brokers.registry import broker_class
 from httptrading.brokers.settings import EACH_CURRENCY, InstanceSettings
 
@@ -118,11 +118,6 @@ def token_digest(token: str) -> bytes:
 def address(host: str, port: int) -> str:
     """As URLs and gunicorn's `bind` have it: an IPv6 address stands in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def masked(instance_id: str) -> str:
-    """An instance id for logs and errors: it is half of the way in."""
-    return f"{instance_id[:4]}…" if len(instance_id) >= 8 else "…"
 
 
 def check_instances(

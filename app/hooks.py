@@ -20,8 +20,9 @@ from typing import Any
 
 from gunicorn.workers.gthread import ThreadWorker
 
-from httptrading.app.config import ConfigurationError, masked
+from httptrading.app.config import ConfigurationError
 from httptrading.app.logs import flush_logs, log_aside, quotes_no_request, secrets_of
+from httptrading.brokers.base import masked
 from httptrading.brokers.gateway import Gateway
 
 log = logging.getLogger("httptrading.app")

@@ -9,7 +9,7 @@ from typing import Any
 
 from flask import Response
 
-from httptrading.app.config import masked
+from httptrading.brokers.base import masked
 from httptrading.brokers.gateway import Gateway
 from httptrading.errors import HttpTradingError
 

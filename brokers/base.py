@@ -107,6 +107,11 @@ class Link(Protocol):
     def quote_of(self, instance_id: str, contract: Contract) -> Quote: ...
 
 
+def masked(instance_id: str) -> str:
+    """An instance id for logs and errors: it is half of the way in."""
+    return f"{instance_id[:4]}…" if len(instance_id) >= 8 else "…"
+
+
 class BaseBroker:
     """One account at one broker.
 
@@ -179,7 +184,7 @@ class BaseBroker:
 
     def __repr__(self) -> str:
         # Arguments and tokens are secrets, and instance ids are half of one.
-        return f"<{type(self).__name__} {self.instance_id[:4]}…>"
+        return f"<{type(self).__name__} {masked(self.instance_id)}>"
 
     @property
     def broker_name(self) -> str:
@@ -317,6 +322,7 @@ class BaseBroker:
         return function()
 
     async def call_async(self, awaitable: Awaitable[_Result]) -> _Result:
+        """Awaits it: the published 1.0 has this for its brokers, and those of users may call it."""
         return await awaitable
 
     def report(self, *reports: OrderReport) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from httptrading.brokers.base import masked
 from httptrading.brokers.instance import Instance
 from httptrading.brokers.journal import Journal
 from httptrading.brokers.recorder import Recorder
@@ -168,15 +169,15 @@ class Gateway:
             taken = lock.take()
         except OSError as error:
             text = f"The data directory cannot be used: {error.strerror}"
-            log.error("instance %s…: %s", instance_id[:4], text)
+            log.error("instance %s: %s", masked(instance_id), text)
             raise BrokerUnavailable(f"{text}; nothing was sent.", retry_after=2) from None
         if not taken:
             owner = lock.owner()
             if self._foreign.get(instance_id) != owner:  # said once, not at each request
                 self._foreign[instance_id] = owner
                 log.error(
-                    "instance %s… is served by process %s; this process leaves it alone",
-                    instance_id[:4],
+                    "instance %s is served by process %s; this process leaves it alone",
+                    masked(instance_id),
                     owner,
                 )
             return False

@@ -20,7 +20,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from httptrading.brokers.base import READS, BaseBroker, Combination, Link
+from httptrading.brokers.base import READS, BaseBroker, Combination, Link, masked
 from httptrading.brokers.journal import Journal
 from httptrading.brokers.journal_rows import JournalOrder, OrderRequest
 from httptrading.brokers.journal_tables import NOT_PLACED, PLACED, REFUSED, SEEN, UNSETTLED
@@ -129,7 +129,7 @@ class Instance:
         self.settings = settings
         self.broker = settings.broker
         self.id = settings.broker.instance_id
-        self.masked_id = self.id[:4] + "…"
+        self.masked_id = masked(self.id)
         self.quote_of = quote_of
         self._journal = journal
         self._recorder = recorder
