@@ -230,7 +230,7 @@ class Settlement:
         with self._lock:
             self._looked = began
             self._looks += 1
-            self._resync = False
+            resync, self._resync = resync or self._resync, False  # or meanwhile
         try:
             reports = self._instance.list_recent(began + LISTING_SECONDS)
             self._journal.record(self._instance.id, reports, seen)

@@ -708,6 +708,33 @@ def test_what_happened_while_away_is_looked_up(on: Stage) -> None:
     assert (node["orderId"], node["filledQty"], node["isFilled"]) == (order_id, 12, True)
 
 
+def test_a_reconnect_in_the_middle_of_a_look_is_not_overlooked(on: Stage) -> None:
+    """Another order is unsettled, and its row is just being read."""
+    trader = on.trader()
+    order_id = trader.placed(LIMIT_ORDER)
+    filled = replace(on.script.orders[0], order=Order(order_id, "USD", 12, 12, 200.5))
+    on.script.do["recent_orders"] = lambda **_: []
+    on.script.do["order"] = lambda **_: filled
+    journal = on.gateway._journal
+    unsettled, reconnects = journal.unsettled, iter([on.script.brokers[-1].restored])
+
+    def read(instance_id: str) -> Any:
+        rows = unsettled(instance_id)
+        if rows:
+            next(reconnects, lambda: None)()
+        return rows
+
+    journal.unsettled = read
+    on.script.do["place_order"] = LOST
+    unknown(on.trader().place(LIMIT_ORDER, key="k"))
+
+    def closed() -> Any:
+        return trader.orders(status="closed")["orders"] or None
+
+    (node,) = wait_for(closed, "the order to be known as filled")
+    assert (node["orderId"], node["filledQty"], node["isFilled"]) == (order_id, 12, True)
+
+
 # --- a memory longer than the broker's ----------------------------------------------------------
 def test_orders_stay_when_the_broker_has_forgotten_them(tmp_path: Path) -> None:
     now = datetime.now(UTC)
