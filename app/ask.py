@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeVar
 
 from flask import Request
 from marshmallow import EXCLUDE, Schema, ValidationError
-from werkzeug.datastructures import MultiDict
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from httptrading.brokers.instance import Instance
@@ -101,18 +100,12 @@ class Ask:
         self.deadline = self.began + seconds
 
     def query(self, schema: type[Schema], kind: type[_Loaded]) -> _Loaded:
-        return _of_kind(_load_query(schema, tuple(self._args().items(multi=True))), kind)
-
-    def _args(self) -> MultiDict[str, str]:
-        try:
-            return self.request.args
-        except UnicodeDecodeError:  # raw bytes; what is wrong in %… stays as it is
-            raise InvalidRequest("The query is not UTF-8 text.") from None
+        return _of_kind(_load_query(schema, tuple(self.request.args.items(multi=True))), kind)
 
     def refuse_query(self) -> None:
         """Of a route that takes none: a clientOrderId or a region that stands there would be
         overlooked."""
-        if names := sorted(self._args()):
+        if names := sorted(self.request.args):
             raise InvalidRequest(
                 f"This route takes no query, and this one names {', '.join(names)}.",
                 {name: ["must stand in the body, if at all"] for name in names},

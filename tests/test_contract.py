@@ -807,17 +807,6 @@ def test_a_parameter_given_twice(on: Stage, query: str) -> None:
     assert not asked(on)
 
 
-@pytest.mark.parametrize(("method", "route"), [("GET", "cash/state"), ("POST", "order/place")])
-def test_a_query_that_is_no_utf_8(on: Stage, method: str, route: str) -> None:
-    """Half a surrogate pair, sent as bytes of its own (not as %ED%A0%80)."""
-    environ = EnvironBuilder(url(on, route), method=method, headers=token(on)).get_environ()
-    environ["QUERY_STRING"] = "currency=\xed\xa0\x80"  # bytes, as WSGI hands them over
-    body, status, _ = run_wsgi_app(on.app.wsgi_app, environ)
-    assert status.startswith("400"), status
-    assert json.loads(b"".join(body))["ex"] == "The query is not UTF-8 text."
-    assert not asked(on)
-
-
 def test_a_chunked_body_counts_as_it_comes(on: Stage) -> None:
     def send(data: bytes) -> int:
         builder = EnvironBuilder(
