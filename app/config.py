@@ -250,6 +250,8 @@ def _limit_problems(instance: InstanceSettings) -> Iterator[str]:
             yield f"windows.{name}: limit must be 1 or more, seconds above 0, gap not below 0"
         elif not 0 <= window.kept < window.limit:
             yield f"windows.{name}: kept must be from 0 to limit - 1"
+        elif not 0 <= window.kept_for_orders < window.limit - window.kept:
+            yield f"windows.{name}: kept_for_orders must be from 0 to limit - kept - 1"
     for name, age in instance.ages.items():
         if name not in READS:
             yield f"ages.{name}: no such operation (there are: {', '.join(READS)})"
@@ -330,6 +332,7 @@ class _WindowSchema(_StrictSchema):
     seconds = _Seconds(required=True)
     gap = _Seconds(load_default=0.0)
     kept = _Whole(load_default=0)
+    kept_for_orders = _Whole(load_default=0)
 
 
 class _InstanceSchema(_StrictSchema):

@@ -264,6 +264,11 @@ def _plain_nodes() -> Json:
                 "limit": _COUNT,
                 "seconds": {"type": "number"},
                 "left": _COUNT,
+                "kept": {**_COUNT, "description": "Of the limit, for cancellations alone."},
+                "keptForOrders": {
+                    **_COUNT,
+                    "description": "Of the limit, besides, not for reads.",
+                },
             }
         ),
         "InstanceState": _node(

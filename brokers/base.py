@@ -53,13 +53,20 @@ OPERATIONS = READS + CHANGES
 class Window:
     """A documented limit: at most `limit` calls in any `seconds`, at least `gap` seconds apart.
 
-    `kept` slots are left free for cancellations: other calls may use `limit - kept`.
+    `kept` slots are left free for cancellations: other calls may use `limit - kept`. Reads leave
+    `kept_for_orders` more for orders, which a trader's own pollers would starve otherwise.
     """
 
     limit: int
     seconds: float
     gap: float = 0.0
     kept: int = 0
+    kept_for_orders: int = 0
+
+    def usable(self, priority: int) -> int:
+        """Slots that calls of this priority fill it with: 0 cancellations, 1 orders, else reads."""
+        kept = (0, self.kept, self.kept + self.kept_for_orders)
+        return self.limit - kept[priority]
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,9 @@ from pathlib import Path
 from httptrading.brokers.base import Window
 from httptrading.errors import RateLimited
 
+READ = 2
+"""The priority of reads; those of a worker's queue that come still later are the same here."""
+
 
 class _Slots:
     """One window: when its logged calls ended, the running calls, and those waiting for a slot."""
@@ -32,15 +35,14 @@ class _Slots:
         """`key` names it among all windows of all accounts."""
         self.window = window
         self.running = 0
-        self.queued = 0
-        self.queued_cancels = 0
+        self.queued = [0, 0, 0]  # by priority
         self._ends: deque[float] = deque(maxlen=window.limit)
         self.last = -math.inf  # when a call last began or ended
         self._key = key
         self._notes: Path | None = None
         self._noting = threading.Lock()
 
-    def wait(self, ahead: int, *, cancel: bool, gaps: bool = True) -> float:
+    def wait(self, ahead: int, *, priority: int, gaps: bool = True) -> float:
         """Seconds until one more call may begin after `ahead` others."""
         now = time.monotonic()
         window = self.window
@@ -48,7 +50,7 @@ class _Slots:
         wait = 0.0
         if gaps and window.gap:
             wait = max(0.0, self.last + window.gap * (ahead + 1) - now)
-        usable = window.limit if cancel else window.limit - window.kept
+        usable = window.usable(priority)
         # Those ahead fill the window again and again before it is this call's turn.
         rounds, ahead = divmod(ahead, usable)
         # So many calls must have left it then: the log's oldest first, the running ones after.
@@ -115,11 +117,13 @@ class _Slots:
 
 @dataclass(frozen=True)
 class WindowState:
-    """What is left of a window, for people and metrics."""
+    """What is left of a window, for people and metrics; reads may not use what is kept of it."""
 
     limit: int
     seconds: float
     left: int
+    kept: int
+    kept_for_orders: int
 
 
 _lock = threading.Lock()
@@ -139,16 +143,15 @@ class Windows:
     ) -> None:
         self._slots = {name: slots_of(name, window) for name, window in declared.items()}
 
-    def admit(self, costs: Iterable[str], *, cancel: bool, patience: float) -> None:
-        """Queues a call; RateLimited when its slots come free only after `patience` seconds."""
+    def admit(self, costs: Iterable[str], *, priority: int, patience: float) -> None:
+        """Queues a call; RateLimited when its slots come free only after `patience` seconds. Those
+        queued with a later priority are not ahead of it."""
+        priority = min(priority, READ)
         wanted = self._wanted(costs)
         with _lock:
             wait = max(
                 (
-                    slot.wait(
-                        (slot.queued_cancels if cancel else slot.queued) + number - 1,
-                        cancel=cancel,
-                    )
+                    slot.wait(sum(slot.queued[: priority + 1]) + number - 1, priority=priority)
                     for slot, number in wanted
                 ),
                 default=0.0,
@@ -156,19 +159,19 @@ class Windows:
             if wait > patience:
                 raise _too_often(wait)
             for slot, number in wanted:
-                slot.queued += number
-                slot.queued_cancels += number * cancel
+                slot.queued[priority] += number
 
-    def begin(self, costs: Iterable[str], *, cancel: bool) -> float:
+    def begin(self, costs: Iterable[str], *, priority: int) -> float:
         """Takes the slots of a queued call; 0 when it may run now, else the seconds to wait."""
+        priority = min(priority, READ)
         wanted = self._wanted(costs)
         with _lock:
             # The gap between two calls of one operation is that operation's own affair.
             wait = max(
                 (
                     max(
-                        slot.wait(0, cancel=cancel),
-                        slot.wait(number - 1, cancel=cancel, gaps=False),
+                        slot.wait(0, priority=priority),
+                        slot.wait(number - 1, priority=priority, gaps=False),
                     )
                     for slot, number in wanted
                 ),
@@ -177,8 +180,7 @@ class Windows:
             if wait > 0:
                 return wait
             for slot, number in wanted:
-                slot.queued -= number
-                slot.queued_cancels -= number * cancel
+                slot.queued[priority] -= number
                 for _ in range(number):
                     slot.begin()
             return 0.0
@@ -187,12 +189,11 @@ class Windows:
         """Each window with the number of slots that a call takes in it."""
         return [(self._slots[name], number) for name, number in Counter(costs).items()]
 
-    def withdraw(self, costs: Iterable[str], *, cancel: bool) -> None:
+    def withdraw(self, costs: Iterable[str], *, priority: int) -> None:
         """A queued call will never run."""
         with _lock:
             for name in costs:
-                self._slots[name].queued -= 1
-                self._slots[name].queued_cancels -= cancel
+                self._slots[name].queued[min(priority, READ)] -= 1
 
     def end(self, costs: Iterable[str]) -> None:
         """A call that had begun has ended."""
@@ -200,16 +201,17 @@ class Windows:
             for name in costs:
                 self._slots[name].end()
 
-    def take(self, name: str, *, own: float = -math.inf) -> None:
+    def take(self, name: str, *, priority: int = READ, own: float = -math.inf) -> None:
         """Begins one call outside the queue, to be ended like any; RateLimited when there is no
-        slot right now.
+        slot right now. What is kept for cancellations is not for those beside them.
 
         The gap to an earlier call of the operation that makes this one is that operation's own
         affair: `own` is when (monotonic) it last began one. Others' calls may have come since.
         """
         with _lock:
             slot = self._slots[name]
-            wait = slot.wait(0, cancel=False, gaps=slot.last > own)
+            priority = min(max(1, priority), READ)
+            wait = slot.wait(0, priority=priority, gaps=slot.last > own)
             if wait > 0:
                 raise _too_often(wait)
             slot.begin()
@@ -233,7 +235,13 @@ class Windows:
     def state(self) -> dict[str, WindowState]:
         with _lock:
             return {
-                name: WindowState(slot.window.limit, slot.window.seconds, slot.left())
+                name: WindowState(
+                    slot.window.limit,
+                    slot.window.seconds,
+                    slot.left(),
+                    slot.window.kept,
+                    slot.window.kept_for_orders,
+                )
                 for name, slot in self._slots.items()
             }
 

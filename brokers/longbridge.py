@@ -137,7 +137,7 @@ class LongBridge(BaseBroker):
     sdk: ClassVar[str] = "longport"
     arguments = frozenset({"app_key", "app_secret", "token_file", "auto_refresh_token", *ADDRESSES})
     windows: ClassVar[Mapping[str, Window]] = {
-        "trade": Window(30, 30.0, gap=GAP, kept=2),
+        "trade": Window(30, 30.0, gap=GAP, kept=2, kept_for_orders=4),
         "quote": Window(10, 1.0),
     }
     costs: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -146,7 +146,8 @@ class LongBridge(BaseBroker):
         **dict.fromkeys(("quote", "market_status"), ("quote",)),
     }
     # All trade calls share one window: cash, positions and one order polled at this pace take 22
-    # of its 30 slots. Pushes and the gateway's own changes make the memory stale before that.
+    # of the 24 slots that are for reads. Pushes and the gateway's own changes make the memory stale
+    # before that.
     ages: ClassVar[Mapping[str, float]] = {
         "cash": 4.0,
         "positions": 4.0,

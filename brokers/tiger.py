@@ -120,7 +120,7 @@ class Tiger(BaseBroker):
     # before its call. Grabs share Tiger's 10 a minute with market states, and neither may use them
     # up: a permission that was taken away is taken back also in the minute of the first grab.
     windows = {
-        "high": Window(120, 61.0, kept=10),
+        "high": Window(120, 61.0, kept=10, kept_for_orders=20),
         "medium": Window(60, 61.0),
         "low": Window(10, 61.0),
         "market": Window(9, 61.0),

@@ -60,7 +60,7 @@ MOST_ABANDONED = 8
 """Stuck threads per worker; beyond, no more are made until one of them ends."""
 
 PRIORITIES = {"cancel_order": 0, "place_order": 1, "recent_orders": 2}
-"""Cancels go ahead of places, places ahead of reads (3)."""
+"""Cancels go ahead of places, places ahead of reads (3); in rate windows as well (`Window`)."""
 
 
 class Backend(Protocol):
@@ -141,10 +141,6 @@ class Call(Future[Any]):
         self.asked_by = asked_by.get()
         self.is_second_try = False
 
-    @property
-    def is_cancel(self) -> bool:
-        return self.operation == "cancel_order"
-
 
 @dataclass
 class WorkerState:
@@ -211,7 +207,7 @@ class Worker:
                 raise Busy("Too many requests are waiting; nothing was sent.", retry_after=1)
             if call.deadline <= now:
                 raise not_sent_in_time()
-            self._windows.admit(call.costs, cancel=call.is_cancel, patience=call.deadline - now)
+            self._windows.admit(call.costs, priority=call.priority, patience=call.deadline - now)
             bisect.insort(self._queue, (call.priority, next(self._numbers), call))
         if lane is not None and call.ready:
             lane.wake(at_once=attempts_at_once)
@@ -234,7 +230,7 @@ class Worker:
             for entry in self._queue:
                 if entry[2] is call:
                     self._queue.remove(entry)
-                    self._windows.withdraw(call.costs, cancel=call.is_cancel)
+                    self._windows.withdraw(call.costs, priority=call.priority)
                     return True
         return False
 
@@ -271,7 +267,7 @@ class Worker:
             waiting = [call for _, _, call in self._queue]
             self._queue.clear()
         for call in waiting:
-            self._windows.withdraw(call.costs, cancel=call.is_cancel)
+            self._windows.withdraw(call.costs, priority=call.priority)
             call.set_exception(
                 Busy("The service is shutting down; nothing was sent.", retry_after=5)
             )
@@ -348,12 +344,12 @@ class Worker:
                 call = entry[2]
                 if call.deadline <= now:
                     self._queue.remove(entry)
-                    self._windows.withdraw(call.costs, cancel=call.is_cancel)
+                    self._windows.withdraw(call.costs, priority=call.priority)
                     expired.append(call)
                     continue
                 if not call.ready:
                     continue
-                pause = self._windows.begin(call.costs, cancel=call.is_cancel)
+                pause = self._windows.begin(call.costs, priority=call.priority)
                 if pause <= 0:
                     self._queue.remove(entry)
                     found = call
@@ -379,7 +375,7 @@ class Worker:
                 return False
             patience = call.deadline - now
             try:
-                self._windows.admit(call.costs, cancel=False, patience=patience)
+                self._windows.admit(call.costs, priority=call.priority, patience=patience)
             except RateLimited:
                 return False
             call.is_second_try, call.began = True, None
@@ -418,7 +414,7 @@ class Worker:
             log.warning("worker %s: %s", self.name, reason)
         self._listener.on_stale()
         for _, _, call in refused:  # nobody waits for a broker that has just been found down
-            self._windows.withdraw(call.costs, cancel=call.is_cancel)
+            self._windows.withdraw(call.costs, priority=call.priority)
             call.set_exception(error)
 
     def _disconnected_locked(self, reason: str) -> None:
@@ -722,7 +718,8 @@ class _LaneLink:
             windows.take(window)
             windows.end((window,))
         else:
-            windows.take(window, own=max(call.began or 0.0, self._taken))
+            own = max(call.began or 0.0, self._taken)
+            windows.take(window, priority=call.priority, own=own)
             self._taken = time.monotonic()
             call.costs = (*call.costs, window)
         windows.note((window,))

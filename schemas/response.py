@@ -215,6 +215,8 @@ def dump_instance_state(state: Any) -> dict[str, Any]:
                 "limit": window.limit,
                 "seconds": plain(window.seconds),
                 "left": window.left,
+                "kept": window.kept,
+                "keptForOrders": window.kept_for_orders,
             }
             for name, window in state.windows.items()
         ],

@@ -129,6 +129,7 @@ timeout = 8.5
 limit = 10
 seconds = 30
 kept = 2
+kept_for_orders = 3
 [instance.ages]
 cash = 0
 """)
@@ -150,7 +151,7 @@ cash = 0
     assert (instance.queue_size, instance.read_only) == (8, True)
     assert instance.largest_order("HKD") == Decimal("7800.5")
     assert instance.largest_order("CNY") is None
-    assert instance.windows == {"place": Window(10, 30.0, kept=2)}
+    assert instance.windows == {"place": Window(10, 30.0, kept=2, kept_for_orders=3)}
     assert instance.ages == {"cash": 0.0}
 
 
@@ -313,6 +314,11 @@ def test_an_empty_data_directory_is_not_the_folder_of_the_file(config: Config) -
         ("windows.place = { limit = 1 }", "", "windows.place.seconds: Missing data"),
         ("windows.place = { limit = 0, seconds = 1 }", "", "windows.place: limit must be 1 or"),
         ("windows.place = { limit = 1, seconds = 1, kept = 1 }", "", "windows.place: kept must be"),
+        (
+            "windows.place = { limit = 3, seconds = 1, kept = 1, kept_for_orders = 2 }",
+            "",
+            "windows.place: kept_for_orders must be from 0 to limit - kept - 1",
+        ),
         ("ages = { place_order = 1 }", "", "ages.place_order: no such operation"),
         ("ages = { cash = -1 }", "", "ages.cash: must be from 0 to 3600 seconds"),
         ('args = "x"', "", "args: Not a valid mapping type"),

@@ -15,8 +15,11 @@ from hypothesis import strategies as st
 from httptrading.brokers import limits
 from httptrading.brokers.base import Window
 from httptrading.brokers.limits import Windows, shared_windows
+from httptrading.brokers.worker import PRIORITIES
 from httptrading.errors import RateLimited
 from simulators.scripted import LIMIT_ORDER, ScriptedBroker, stage
+
+CANCEL, ORDER, READ = (PRIORITIES.get(one, 3) for one in ("cancel_order", "place_order", "cash"))
 
 
 class Clock:
@@ -46,19 +49,19 @@ class Sent:
 
     begun: float
     arrived: float
-    cancel: bool
+    priority: int
 
 
 def run_calls(
     windows: Windows,
     clock: Clock,
-    plan: list[tuple[float, float, float, bool]],
+    plan: list[tuple[float, float, float, int]],
     lanes: int,
 ) -> list[Sent]:
     """Lets `lanes` workers send the planned calls as soon as the windows let them.
 
     A plan's entry: pause before it is asked for, seconds until it arrives at the broker, seconds
-    from there until its answer is back, whether it is a cancellation.
+    from there until its answer is back, its priority.
     """
     sent: list[Sent] = []
     running: list[tuple[float, int]] = []  # (end, number)
@@ -72,28 +75,32 @@ def run_calls(
             windows.end(["w"])
         clock.now = max(clock.now, to)
 
-    for pause, there, back, cancel in plan:
+    for pause, there, back, priority in plan:
         advance(clock.now + pause)
         try:
-            windows.admit(["w"], cancel=cancel, patience=1e9)
+            windows.admit(["w"], priority=priority, patience=1e9)
         except RateLimited:
             raise AssertionError("nobody is refused with so much patience") from None
         while True:
             if len(running) >= lanes:
                 advance(min(running)[0])
                 continue
-            wait = windows.begin(["w"], cancel=cancel)
+            wait = windows.begin(["w"], priority=priority)
             if wait <= 0:
                 break
             until = clock.now + wait
             advance(min([until, *(end for end, _ in running if end > clock.now)]))
-        sent.append(Sent(clock.now, clock.now + there, cancel))
+        sent.append(Sent(clock.now, clock.now + there, priority))
         running.append((clock.now + there + back, next(numbers)))
     return sent
 
 
 DELAYS = st.floats(0, 3, allow_nan=False)
-PLANS = st.lists(st.tuples(DELAYS, DELAYS, DELAYS, st.booleans()), min_size=1, max_size=40)
+PLANS = st.lists(
+    st.tuples(DELAYS, DELAYS, DELAYS, st.sampled_from([CANCEL, ORDER, READ])),
+    min_size=1,
+    max_size=40,
+)
 
 
 @settings(max_examples=200)
@@ -102,31 +109,37 @@ PLANS = st.lists(st.tuples(DELAYS, DELAYS, DELAYS, st.booleans()), min_size=1, m
     limit=st.integers(1, 6),
     seconds=st.floats(0.5, 5),
     kept=st.integers(0, 3),
+    for_orders=st.integers(0, 3),
     lanes=st.integers(1, 3),
 )
 def test_the_broker_never_counts_more_than_the_limit(
-    plan: list[tuple[float, float, float, bool]],
+    plan: list[tuple[float, float, float, int]],
     limit: int,
     seconds: float,
     kept: int,
+    for_orders: int,
     lanes: int,
 ) -> None:
     kept = min(kept, limit - 1)
+    for_orders = min(for_orders, limit - kept - 1)
     clock = with_clock()
-    sent = run_calls(Windows({"w": Window(limit, seconds, kept=kept)}), clock, plan, lanes)
+    window = Window(limit, seconds, kept=kept, kept_for_orders=for_orders)
+    sent = run_calls(Windows({"w": window}), clock, plan, lanes)
     assert len(sent) == len(plan)
-    arrivals = sorted(one.arrived for one in sent)
-    for first, beyond in zip(arrivals, arrivals[limit:], strict=False):
-        assert beyond - first >= seconds - 1e-6
-    others = sorted(one.arrived for one in sent if not one.cancel)
-    for first, beyond in zip(others, others[limit - kept :], strict=False):
-        assert beyond - first >= seconds - 1e-6
+    for priority, most in (
+        (CANCEL, limit),
+        (ORDER, limit - kept),
+        (READ, limit - kept - for_orders),
+    ):
+        arrivals = sorted(one.arrived for one in sent if one.priority >= priority)
+        for first, beyond in zip(arrivals, arrivals[most:], strict=False):
+            assert beyond - first >= seconds - 1e-6
 
 
 @settings(max_examples=100)
 @given(plan=PLANS, gap=st.floats(0.01, 2))
 def test_gaps_are_kept_as_the_broker_sees_them(
-    plan: list[tuple[float, float, float, bool]], gap: float
+    plan: list[tuple[float, float, float, int]], gap: float
 ) -> None:
     clock = with_clock()
     sent = run_calls(Windows({"w": Window(1000, 0.001, gap=gap)}), clock, plan, lanes=1)
@@ -138,41 +151,42 @@ def test_a_burst_that_is_allowed_goes_through_at_once() -> None:
     clock = with_clock()
     windows = Windows({"w": Window(15, 30.0)})
     for _ in range(15):
-        windows.admit(["w"], cancel=False, patience=0.0)
-        assert windows.begin(["w"], cancel=False) == 0.0
+        windows.admit(["w"], priority=READ, patience=0.0)
+        assert windows.begin(["w"], priority=READ) == 0.0
         windows.end(["w"])
     assert clock.now == 1000.0
     with pytest.raises(RateLimited) as refused:
-        windows.admit(["w"], cancel=False, patience=29.9)
+        windows.admit(["w"], priority=READ, patience=29.9)
     assert refused.value.retry_after == pytest.approx(30.0)
 
 
-def test_the_last_slots_are_kept_for_cancels() -> None:
+def test_the_last_slots_are_kept_for_cancels_and_those_before_for_orders() -> None:
     with_clock()
-    windows = Windows({"w": Window(5, 30.0, kept=2)})
+    windows = Windows({"w": Window(9, 30.0, kept=2, kept_for_orders=4)})
 
-    def send(cancel: bool) -> None:
-        windows.admit(["w"], cancel=cancel, patience=0.0)
-        assert windows.begin(["w"], cancel=cancel) == 0.0
+    def send(priority: int) -> None:
+        windows.admit(["w"], priority=priority, patience=0.0)
+        assert windows.begin(["w"], priority=priority) == 0.0
         windows.end(["w"])
 
-    for _ in range(3):
-        send(cancel=False)
+    for priority, most in ((READ, 3), (ORDER, 4), (CANCEL, 2)):
+        for _ in range(most):
+            send(priority)
+        with pytest.raises(RateLimited) as refused:
+            send(priority)
+        assert refused.value.retry_after == pytest.approx(30.0)
     with pytest.raises(RateLimited):
-        send(cancel=False)
-    for _ in range(2):
-        send(cancel=True)
-    with pytest.raises(RateLimited):
-        send(cancel=True)
+        windows.take("w", priority=CANCEL)
 
 
-def test_queued_reads_do_not_stand_before_a_cancel() -> None:
+@pytest.mark.parametrize("priority", [0, 1])
+def test_queued_reads_do_not_stand_before_an_order_and_a_cancel(priority: int) -> None:
     with_clock()
     windows = Windows({"w": Window(3, 30.0, kept=1)})
     for _ in range(20):
-        windows.admit(["w"], cancel=False, patience=1e9)
-    windows.admit(["w"], cancel=True, patience=0.0)
-    assert windows.begin(["w"], cancel=True) == 0.0
+        windows.admit(["w"], priority=READ, patience=1e9)
+    windows.admit(["w"], priority=priority, patience=0.0)
+    assert windows.begin(["w"], priority=priority) == 0.0
 
 
 @settings(max_examples=150)
@@ -189,35 +203,35 @@ def test_retry_after_is_true(limit: int, kept: int, queued: int, spacing: list[f
     windows = Windows({"w": Window(limit, 10.0, kept=kept)})
 
     def send() -> float:
-        while (wait := windows.begin(["w"], cancel=False)) > 0:
+        while (wait := windows.begin(["w"], priority=READ)) > 0:
             clock.now += wait
         windows.end(["w"])
         return clock.now
 
     for pause in spacing[: limit - kept]:
         clock.now += pause
-        windows.admit(["w"], cancel=False, patience=0.0)
+        windows.admit(["w"], priority=READ, patience=0.0)
         send()
     for _ in range(queued):
-        windows.admit(["w"], cancel=False, patience=1e9)
+        windows.admit(["w"], priority=READ, patience=1e9)
     asked = clock.now
     with pytest.raises(RateLimited) as refused:
-        windows.admit(["w"], cancel=False, patience=0.0)
+        windows.admit(["w"], priority=READ, patience=0.0)
     told = refused.value.retry_after
     assert told is not None
     for _ in range(queued):
         send()
-    windows.admit(["w"], cancel=False, patience=1e9)
+    windows.admit(["w"], priority=READ, patience=1e9)
     assert send() == pytest.approx(asked + told, abs=1e-6)
 
 
 def test_a_withdrawn_call_gives_its_place_back() -> None:
     with_clock()
     windows = Windows({"w": Window(1, 10.0)})
-    for cancel in (False, True):
+    for priority in (CANCEL, ORDER, READ):
         for _ in range(5):
-            windows.admit(["w"], cancel=cancel, patience=0.0)
-            windows.withdraw(["w"], cancel=cancel)
+            windows.admit(["w"], priority=priority, patience=0.0)
+            windows.withdraw(["w"], priority=priority)
     assert windows.state()["w"].left == 1
 
 
@@ -257,31 +271,31 @@ def test_two_slots_of_one_window() -> None:
     clock = with_clock()
     windows = Windows({"w": Window(3, 10.0, gap=6.0)})
     twice = ["w", "w"]
-    windows.admit(twice, cancel=False, patience=0.0)
-    assert windows.begin(twice, cancel=False) == 0.0
+    windows.admit(twice, priority=READ, patience=0.0)
+    assert windows.begin(twice, priority=READ) == 0.0
     windows.end(twice)
-    windows.admit(twice, cancel=False, patience=12.0)
-    assert windows.begin(twice, cancel=False) == pytest.approx(10.0)
+    windows.admit(twice, priority=READ, patience=12.0)
+    assert windows.begin(twice, priority=READ) == pytest.approx(10.0)
     clock.now += 10.0
-    assert windows.begin(twice, cancel=False) == 0.0
+    assert windows.begin(twice, priority=READ) == 0.0
 
 
 def test_a_call_in_several_windows_waits_for_all() -> None:
     clock = with_clock()
     windows = Windows({"quick": Window(10, 1.0), "slow": Window(1, 60.0)})
-    windows.admit(["quick", "slow"], cancel=False, patience=0.0)
-    assert windows.begin(["quick", "slow"], cancel=False) == 0.0
+    windows.admit(["quick", "slow"], priority=READ, patience=0.0)
+    assert windows.begin(["quick", "slow"], priority=READ) == 0.0
     windows.end(["quick", "slow"])
-    windows.admit(["quick"], cancel=False, patience=0.0)
-    assert windows.begin(["quick"], cancel=False) == 0.0
+    windows.admit(["quick"], priority=READ, patience=0.0)
+    assert windows.begin(["quick"], priority=READ) == 0.0
     windows.end(["quick"])
     with pytest.raises(RateLimited) as refused:
-        windows.admit(["quick", "slow"], cancel=False, patience=5.0)
+        windows.admit(["quick", "slow"], priority=READ, patience=5.0)
     assert refused.value.retry_after == pytest.approx(60.0)
     assert windows.state()["quick"].left == 8
     clock.now += 60.0
     assert left_of(windows) == {"quick": 10, "slow": 1}
-    windows.admit(["quick", "slow"], cancel=False, patience=0.0)
+    windows.admit(["quick", "slow"], priority=READ, patience=0.0)
 
 
 def test_what_is_counted_for_an_account_and_for_a_login() -> None:
@@ -293,14 +307,14 @@ def test_what_is_counted_for_an_account_and_for_a_login() -> None:
     one, same, beside = windows("a1", "b"), windows("a1", "b"), windows("a2", "b")
     elsewhere = windows("a3", "c")
     for cost in declared:
-        one.admit([cost], cancel=False, patience=0.0)
-        assert one.begin([cost], cancel=False) == 0.0
+        one.admit([cost], priority=READ, patience=0.0)
+        assert one.begin([cost], priority=READ) == 0.0
         one.end([cost])
     left = [{name: state.left for name, state in each.state().items()} for each in (same, beside)]
     assert left == [{"place": 0, "quote": 0}, {"place": 1, "quote": 0}]
     assert {state.left for state in elsewhere.state().values()} == {1}
     with pytest.raises(RateLimited):
-        beside.admit(["quote"], cancel=False, patience=0.0)
+        beside.admit(["quote"], priority=READ, patience=0.0)
 
 
 def another_life(
@@ -399,6 +413,28 @@ def test_the_service_refuses_what_cannot_come_in_time(tmp_path: Any) -> None:
         assert len(on.script.calls("place_order")) == 2
         left = {one["name"]: one["left"] for one in trader.get("instance/state")["state"]["limits"]}
         assert left["trade"] == 0
+
+
+def test_a_traders_own_pollers_do_not_starve_his_orders(tmp_path: Any) -> None:
+    """Those of several clients, which have used up what reads may and wait for more."""
+
+    class OneWindow(ScriptedBroker):
+        windows = {"all": Window(9, 3600.0, kept=1, kept_for_orders=2)}
+        costs = dict.fromkeys(("place_order", "cancel_order", "order", "quote"), ("all",))
+        ages = {"order": 0.0, "quote": 0.0}
+
+    with stage(tmp_path, kind=OneWindow) as on:
+        on.ready()
+        trader = on.trader()
+        polled = [trader.quote("US", "AAPL") for _ in range(10)]
+        assert [answer.status for answer in polled] == [200] * 6 + [429] * 4
+        assert 3500 < int(polled[-1].headers["Retry-After"]) <= 3600
+        (shown,) = trader.get("instance/state")["state"]["limits"]
+        assert (shown["left"], shown["kept"], shown["keptForOrders"]) == (3, 1, 2)
+        placed = [trader.place(LIMIT_ORDER) for _ in range(3)]
+        assert [answer.status for answer in placed] == [200, 200, 429]
+        assert 3500 < int(placed[-1].headers["Retry-After"]) <= 3600
+        assert trader.cancel(placed[0]["orderId"]).ok
 
 
 def test_a_call_that_can_wait_waits(tmp_path: Any) -> None:

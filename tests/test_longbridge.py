@@ -692,7 +692,7 @@ class TestLimits:
 
     def test_what_longport_documents(self) -> None:
         assert LongBridge.windows == {
-            "trade": Window(30, 30.0, gap=0.02, kept=2),
+            "trade": Window(30, 30.0, gap=0.02, kept=2, kept_for_orders=4),
             "quote": Window(10, 1.0),
         }
 

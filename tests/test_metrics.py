@@ -139,7 +139,15 @@ def test_instance_state_tells_limits_and_what_the_broker_takes(app: Flask) -> No
     assert found["connections"][0]["connected"] is True
     assert found["connections"][0]["lastError"] == ""
     assert found["limits"] == [
-        {"type": "limit", "name": "asking", "limit": 5, "seconds": 3600, "left": 4}
+        {
+            "type": "limit",
+            "name": "asking",
+            "limit": 5,
+            "seconds": 3600,
+            "left": 4,
+            "kept": 0,
+            "keptForOrders": 0,
+        }
     ]
     assert found["operations"] == ["ping", "cash"]
     assert found["quoteRegions"] == ["US"]

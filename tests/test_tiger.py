@@ -1929,7 +1929,8 @@ def test_tiger_is_away_when_the_service_starts(tmp_path: Path) -> None:
 
 
 def test_the_limits_are_tigers() -> None:
-    limits = {"high": Window(120, 61.0, kept=10), "medium": Window(60, 61.0)}
+    high = Window(120, 61.0, kept=10, kept_for_orders=20)
+    limits = {"high": high, "medium": Window(60, 61.0)}
     # Tiger's 10 are for market states and grabs together.
     limits |= {"low": Window(10, 61.0), "market": Window(9, 61.0), "grab": Window(4, 61.0)}
     assert Tiger.windows == limits
