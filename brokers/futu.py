@@ -425,11 +425,14 @@ class Futu(BaseBroker):
         return Cash(currency, amount)
 
     def positions(self) -> list[Position]:
-        found = [
-            parse_position(row, self.broker_name, self.broker_display)
-            for account in self._accounts
-            for row in self._current("positions", self._context.position_list_query, account)
-        ]
+        found = []
+        for account in self._accounts:
+            rows = self._current("positions", self._context.position_list_query, account)
+            # A position told twice is one: its id is its own (Trd_Common.proto).
+            once = {(row["position_id"], row["code"]): row for row in rows}
+            found += [
+                parse_position(row, self.broker_name, self.broker_display) for row in once.values()
+            ]
         return [position for position in found if position is not None]
 
     # --- market -------------------------------------------------------------------------------

@@ -180,13 +180,17 @@ def open_context(
                 self._leaves = False
 
         def _get_sync_query_processor(self, pack_func: Any, unpack_func: Any) -> Any:
+            acc_id: int | None = None
+
             def pack(**values: Any) -> Any:
+                nonlocal acc_id
+                acc_id = values.get("acc_id")
                 packed = pack_func(**values)
                 self.packed = packed[0] == 0
                 return packed
 
             def unpack(response: Any) -> Any:
-                if not response.retType and not _is_whole(response.s2c):
+                if not response.retType and not _is_about(acc_id, response.s2c):
                     return -1, "", None
                 if response.HasField("retType"):  # else the SDK could not parse it
                     self.answer = (response.retType, response.retMsg)
@@ -261,10 +265,14 @@ def open_context(
     return context
 
 
-def _is_whole(answer: Any) -> bool:
-    """Whether what is told of an account has its required fields; the SDK asks for none when it
-    parses, and would go on with a quantity of 0, or with an empty list."""
-    return "header" not in answer.DESCRIPTOR.fields_by_name or bool(answer.IsInitialized())
+def _is_about(acc_id: int | None, answer: Any) -> bool:
+    """Whether what is told of an account has its required fields, and is told of the one that was
+    asked for. The SDK asks for neither: it would go on with a quantity of 0 or an empty list, or
+    with another account's. (The header's trdEnv need not be the request's: see the samples of
+    trade/get-position-list.html, where its accID always is.)"""
+    if "header" not in answer.DESCRIPTOR.fields_by_name:
+        return True
+    return bool(answer.IsInitialized()) and acc_id in (None, answer.header.accID)
 
 
 def row_handler(base: type, push: Any, on_row: Callable[[dict[str, Any], int], None]) -> Any:

@@ -584,6 +584,50 @@ def test_an_answer_without_a_required_field_is_no_answer(
         broker.positions()
 
 
+@pytest.mark.parametrize(
+    ("proto", "ask", "error"),
+    [
+        (2101, lambda broker: broker.cash("HKD"), TimedOut),
+        (2102, lambda broker: broker.positions(), TimedOut),
+        (2201, lambda broker: broker.recent_orders(), TimedOut),
+        (2202, lambda broker: place(broker), OutcomeUnknown),
+    ],
+    ids=["cash", "positions", "orders", "place"],
+)
+def test_another_accounts_answer_is_not_believed(
+    connect: Callable[..., Futu], opend: OpenD, proto: int, ask: Callable[[Futu], Any], error: type
+) -> None:
+    """Its header says whose it is; the SDK does not look."""
+    broker = connect()
+    answer = opend._answer[proto]
+
+    def of_another(connection: Any, request: Any) -> dict[str, Any]:
+        found: dict[str, Any] = answer(connection, request)
+        return {**found, "header": {**found["header"], "accID": 4711}}
+
+    opend._answer[proto] = of_another
+    with pytest.raises(error):
+        ask(broker)
+
+
+def test_a_position_told_twice_is_one(
+    connect: Callable[..., Futu], opend: OpenD, exchange: Exchange
+) -> None:
+    exchange.positions = [
+        ExchangePosition("HK", code, "HKD", Decimal(100)) for code in ("00700", "00005")
+    ]
+    broker = connect()
+    answer = opend._answer[2102]
+
+    def doubled(connection: Any, request: Any) -> dict[str, Any]:
+        found: dict[str, Any] = answer(connection, request)
+        return {**found, "positionList": found["positionList"] * 2}
+
+    opend._answer[2102] = doubled
+    held = [(position.contract.ticker, position.qty) for position in broker.positions()]
+    assert held == [("00700", 100), ("00005", 100)]
+
+
 def test_an_order_of_ours_is_listed_whatever_its_row_lacks(
     connect: Callable[..., Futu], opend: OpenD, exchange: Exchange
 ) -> None:
