@@ -8,14 +8,16 @@ import secrets
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from typing import Any, Literal, TypeVar
+from urllib.parse import unquote_to_bytes
 
 from flask import Request
 from marshmallow import EXCLUDE, Schema, ValidationError
+from werkzeug.datastructures import MultiDict
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from httptrading.brokers.instance import Instance
 from httptrading.errors import InvalidRequest
-from httptrading.schemas.numbers import load_json
+from httptrading.schemas.numbers import HalfSurrogate, load_json
 
 LARGEST_BODY = 64 * 1024
 CUT_BODY = "The body could not be read to its end."
@@ -100,12 +102,24 @@ class Ask:
         self.deadline = self.began + seconds
 
     def query(self, schema: type[Schema], kind: type[_Loaded]) -> _Loaded:
-        return _of_kind(_load_query(schema, tuple(self.request.args.items(multi=True))), kind)
+        return _of_kind(_load_query(schema, tuple(self._parameters().items(multi=True))), kind)
+
+    def _parameters(self) -> MultiDict[str, str]:
+        """The query's; those that are no text are named. werkzeug raises for raw bytes that are not
+        UTF-8, and leaves quoted ones as they are, for an order id that nobody has."""
+        query = self.request.query_string
+        if not query.isascii() or b"%" in query:
+            bad = [pair for pair in query.split(b"&") if not _is_utf8(unquote_to_bytes(pair))]
+            names = [unquote_to_bytes(pair.partition(b"=")[0]) for pair in bad]
+            fields = {name.decode("utf-8", "replace"): ["is not UTF-8 text"] for name in names}
+            if fields:
+                raise InvalidRequest(f"The query is not UTF-8 text: {', '.join(fields)}.", fields)
+        return self.request.args
 
     def refuse_query(self) -> None:
         """Of a route that takes none: a clientOrderId or a region that stands there would be
         overlooked."""
-        if names := sorted(self.request.args):
+        if names := sorted(self._parameters()):
             raise InvalidRequest(
                 f"This route takes no query, and this one names {', '.join(names)}.",
                 {name: ["must stand in the body, if at all"] for name in names},
@@ -140,6 +154,9 @@ class Ask:
             self.raw_body = load_json(text.decode("utf-8"))
         except UnicodeDecodeError:
             raise InvalidRequest("The body is not UTF-8 text.") from None
+        except HalfSurrogate as error:
+            named = {error.field: ["must not have half a surrogate pair"]} if error.field else None
+            raise InvalidRequest(f"The body {error}.", named) from None
         except ValueError as error:
             raise InvalidRequest(f"The body {error}.") from None
         if not isinstance(self.raw_body, dict):
@@ -147,6 +164,14 @@ class Ask:
         if self.reword is not None:
             return _of_kind(_load(_loader(schema, EXCLUDE), self.reword(self.raw_body)), kind)
         return _of_kind(_load(_loader(schema), self.raw_body), kind)
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 @cache

@@ -49,6 +49,14 @@ def _finite(number: Number) -> Decimal:
     return value or Decimal(0)  # -0 is 0
 
 
+class HalfSurrogate(ValueError):
+    """`field`: the key of the body in which it stands; "" when that is a key itself."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__(f"has half a surrogate pair in {field or 'a key'}")
+        self.field = field
+
+
 def load_json(text: str | bytes) -> Any:
     """Parses strict JSON with exact numbers; NaN and infinities come back as such Decimals, so that
     the field they stand in can be named.
@@ -97,20 +105,20 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_depth_and_texts(value: Any) -> None:
-    level = [value]
+    level = [("", value)]
     for _ in range(DEEPEST):
-        inner: list[Any] = []
-        for item in level:
+        inner: list[tuple[str, Any]] = []
+        for field, item in level:
             if isinstance(item, dict):
-                inner += item
-                inner += item.values()
+                inner += ((field, key) for key in item)
+                inner += ((field or key, below) for key, below in item.items())
             elif isinstance(item, list):
-                inner += item
+                inner += ((field, below) for below in item)
             elif isinstance(item, str) and not item.isascii():
                 try:
                     item.encode()
                 except UnicodeEncodeError:
-                    raise ValueError("has half a surrogate pair in a text") from None
+                    raise HalfSurrogate(field) from None
         if not inner:
             return
         level = inner

@@ -787,6 +787,55 @@ def test_bad_bodies_reach_no_broker(on: Stage, route: str, body: bytes) -> None:
     assert not asked(on)
 
 
+@pytest.mark.parametrize("text", ["\ud800", "US\udfff", ["deep", {"er": "\ud800"}]])
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("order/place", {**LIMIT_ORDER, "symbol": "AAPL", "clientOrderId": "mine", "odd": ""}),
+        ("order/cancel", {"orderId": "1", "clientOrderId": "mine"}),
+        ("order/cancel-all", {"region": "US"}),
+    ],
+)
+def test_half_a_character_in_a_body_is_named(
+    on: Stage, route: str, body: dict[str, Any], text: Any
+) -> None:
+    for field in body:
+        answer = on.trader().request("POST", route, text=json.dumps({**body, field: text}))
+        check_error(answer, 400, "INVALID_REQUEST")
+        assert list(answer.error["fields"]) == [field]
+        assert field in answer["ex"]
+    assert not asked(on)
+
+
+@pytest.mark.parametrize("text", ["\xff", "\xed\xa0\x80", "%FF", "US%ED%A0%80", "%F0%9F%98"])
+@pytest.mark.parametrize(
+    ("route", "fields"),
+    [
+        ("market/quote", ("tradeType", "region", "ticker", "symbol")),
+        ("position/state", ("tradeType", "region", "ticker", "symbol")),
+        ("cash/state", ("currency",)),
+        ("order/state", ("orderId", "clientOrderId")),
+        ("order/fills", ("orderId",)),
+        ("order/list", ("status", "since", "limit")),
+        ("order/place", ("clientOrderId",)),
+    ],
+)
+def test_what_is_no_text_in_a_query_is_named(
+    on: Stage, route: str, fields: tuple[str, ...], text: str
+) -> None:
+    method = "POST" if route == "order/place" else "GET"
+    for field in fields:
+        environ = EnvironBuilder(
+            url(on, route), method=method, headers=Headers(token(on))
+        ).get_environ()
+        environ["QUERY_STRING"] = f"a=%C3%A9&{field}={text}"  # bytes, as WSGI writes them
+        body, status, _ = run_wsgi_app(on.app.wsgi_app, environ, buffered=True)
+        answer = json.loads(b"".join(body))
+        assert (status[:3], answer["error"]["code"]) == ("400", "INVALID_REQUEST")
+        assert list(answer["error"]["fields"]) == [field]
+    assert not asked(on)
+
+
 @pytest.mark.parametrize("route", ["order/place", "order/cancel"])
 def test_what_stands_in_a_query_beside_a_body_is_not_overlooked(on: Stage, route: str) -> None:
     """An order whose name was, would be placed again when the request is repeated."""
