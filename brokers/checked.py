@@ -57,8 +57,7 @@ def _id(value: Any, name: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise NonsenseAnswer(f"no {name}")
     text = str(value)
-    if _words(text, name) != text:
-        raise NonsenseAnswer(f"half a character in its {name}")
+    _text(text, name)
     return text
 
 
@@ -140,7 +139,8 @@ def _report(value: Any) -> OrderReport:
     time = report.time
     if time is not None and not _is_moment(_of(time, datetime, "time")):
         time = None  # one odd row must not cost all others
-    _of(report.direction, str | None, "direction")
+    if report.direction is not None:
+        _text(report.direction, "direction")
     # Of these very kinds: the journal keeps their names, and reads them as such for ever.
     _of(report.order_type, OrderType | None, "order_type")
     _of(report.time_in_force, TimeInForce | None, "time_in_force")
@@ -197,13 +197,15 @@ def _listed(value: Any) -> Iterable[Any]:
 
 
 def _text(value: Any, name: str) -> None:
-    if not isinstance(value, str):
-        raise NonsenseAnswer(f"{name} of type {type(value).__name__}, not text")
+    """Text that names something; half a character can be neither sent nor recorded."""
+    if _words(value, name) != value:
+        raise NonsenseAnswer(f"half a character in its {name}")
 
 
 def _words(value: Any, name: str) -> str:
-    """Text that can be sent and recorded: half a character becomes a `?`."""
-    _text(value, name)
+    """Text for people to read: half a character becomes a `?`."""
+    if not isinstance(value, str):
+        raise NonsenseAnswer(f"{name} of type {type(value).__name__}, not text")
     return str(value) if value.isascii() else value.encode("utf-8", "replace").decode()
 
 

@@ -11,6 +11,7 @@ import math
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any
@@ -1011,6 +1012,7 @@ NONSENSE: dict[str, list[Any]] = {
         Cash("USD", True),
         Cash(None, 1),  # type: ignore[arg-type]
         Cash("USD", 1j),  # type: ignore[arg-type]
+        Cash("US\ud800", 1),
     ],
     "positions": [
         None,
@@ -1020,6 +1022,7 @@ NONSENSE: dict[str, list[Any]] = {
         [Position("x", "x", None, Unit.Share, "USD", 1)],  # type: ignore[arg-type]
         [Position("x", "x", AAPL, "Share", "USD", 1)],  # type: ignore[arg-type]
         [Position("x", "x", AAPL, Unit.Share, "USD", NAN)],
+        [Position("x", "x", replace(AAPL, ticker="\ud800"), Unit.Share, "USD", 1)],
         iter([]),
     ],
     "quote": [
@@ -1056,6 +1059,8 @@ NONSENSE: dict[str, list[Any]] = {
         [OrderReport(Order("1", "USD", NAN))],
         [OrderReport(ORDER, price=NAN)],
         [OrderReport(ORDER, direction=SdkWord.STOP)],  # type: ignore[arg-type]
+        [OrderReport(ORDER, direction="BUY\ud800")],
+        [OrderReport(Order("1", "\ud800", 12))],
         [OrderReport(ORDER, order_type=SdkWord.STOP)],  # type: ignore[arg-type]
         [OrderReport(ORDER, time_in_force=SdkWord.STOP)],  # type: ignore[arg-type]
         [OrderReport(ORDER, lifecycle=SdkWord.STOP)],  # type: ignore[arg-type]
