@@ -86,8 +86,7 @@ def refuse_taken_address(server: Any) -> None:
             except OSError as error:
                 sys.exit(
                     f"httptrading: cannot listen on {host}, port {port} ({error.strerror}). Stop "
-                    "what listens there, or choose another: host and port in the configuration, "
-                    "HTTPTRADING_HOST and HTTPTRADING_PORT, `make run PORT=…`."
+                    "what listens there, or choose another host or port."
                 )
 
 

@@ -272,7 +272,8 @@ def _is_about(acc_id: int | None, answer: Any) -> bool:
     trade/get-position-list.html, where its accID always is.)"""
     if "header" not in answer.DESCRIPTOR.fields_by_name:
         return True
-    return bool(answer.IsInitialized()) and acc_id in (None, answer.header.accID)
+    told = answer.header.accID  # 0 names none
+    return bool(answer.IsInitialized()) and (acc_id is None or told in (0, acc_id))
 
 
 def row_handler(base: type, push: Any, on_row: Callable[[dict[str, Any], int], None]) -> Any:
