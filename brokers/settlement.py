@@ -4,8 +4,9 @@ After a start, after each reconnect and after every unknown outcome the broker i
 complete listing. An order found by its mark is `placed`. One that is missing from two listings,
 both begun later than the broker needs to accept and to show an order, and with no call of it still
 running, is `not placed`, if the listings reach back to when it was sent: it may have been filled
-during a long outage. Until then it stays unknown, and every answer says so. The time since counts
-over restarts, however soon they follow each other.
+during a long outage; and if they are not empty although there are orders. Until then it stays
+unknown, and every answer says so. The time since counts over restarts, however soon they follow
+each other.
 """
 
 from __future__ import annotations
@@ -278,6 +279,12 @@ class Settlement:
         now = datetime.now(UTC)
         since = self._instance.listed_since(now + CLOCKS_DIFFER)
         shown = {report.mark for report in reports if report.mark}  # some without an id as yet
+        if not reports and self._lacks_known(since, began):
+            log.warning(
+                "instance %s: the broker lists no orders but has some; nothing is settled by that",
+                self._instance.masked_id,
+            )
+            return rows
         left = []
         for row in rows:
             mark = row.mark or ""
@@ -306,6 +313,19 @@ class Settlement:
             log.info("order %s: not placed", row.client_order_id)
         self._forget_settled(left)
         return left
+
+    def _lacks_known(self, since: datetime, began: float) -> bool:
+        """Whether a list without any order lacks one that works or was filled, and that it reaches
+        back to: it is no complete one then. Some brokers write no orders and no answer alike (Tiger
+        leaves out the data of both)."""
+        late = time.monotonic() - began + self._instance.broker.listing_delay * PATIENCE
+        known = self._journal.orders(
+            self._instance.id, open_=None, since=since + CLOCKS_DIFFER, limit=100
+        )
+        before = datetime.now(UTC) - timedelta(seconds=late)
+        return any(
+            row.created < before and (row.is_open or row.order.filled_qty > 0) for row in known
+        )
 
     def _may_be_there(self, row: JournalOrder, reports: list[OrderReport]) -> bool:
         """Whether the listing has an order that tells no mark and might be this one: of the same

@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 import pytest
 
 from acceptance.kit import Answer, Trader, in_time, wait_for
+from httptrading.brokers import settlement
 from httptrading.brokers.base import OPERATIONS, BaseBroker
 from httptrading.brokers.group_commit import GroupCommit
 from httptrading.brokers.journal import Journal
@@ -177,6 +178,22 @@ def test_a_listing_that_fails_proves_nothing(on: Stage, error: Exception) -> Non
     unknown(trader.place(LIMIT_ORDER, key="k"))
     before = len(on.script.calls("recent_orders"))
     on.script.arrived("recent_orders", before + 2)
+    unknown(trader.state(key="k"))
+    del on.script.do["recent_orders"]
+    until(lambda: trader.state(key="k"), "")
+
+
+def test_a_listing_without_any_order_proves_nothing_when_there_are_some(
+    on: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiger leaves out the data of an answer that has none, and of one that is broken."""
+    monkeypatch.setattr(settlement, "GROWTH", 1.0)
+    trader = on.trader()
+    trader.placed(LIMIT_ORDER)
+    on.script.do["recent_orders"] = lambda **_: []
+    on.script.do["place_order"] = accepting(on.script, LOST)
+    unknown(trader.place(LIMIT_ORDER, key="k"))
+    on.script.arrived("recent_orders", len(on.script.calls("recent_orders")) + 4)
     unknown(trader.state(key="k"))
     del on.script.do["recent_orders"]
     until(lambda: trader.state(key="k"), "")
