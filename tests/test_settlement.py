@@ -847,6 +847,18 @@ def test_nothing_goes_backwards(on: Stage) -> None:
     assert (node["isCanceled"], node["isCompleted"]) == (True, True)
 
 
+def test_more_filled_than_ordered_is_told_as_the_broker_tells_it(on: Stage) -> None:
+    """FIX knows it as an overfill. Cut to the order's quantity, or left out, the shares beyond it
+    would be in the account, and nobody would be told why."""
+    trader = on.trader()
+    order_id = trader.placed(LIMIT_ORDER)
+    on.script.do["order"] = lambda **_: Order(order_id, "USD", 12, 15, 200.5)
+    for _ in range(2):
+        node = trader.order(order_id)
+        assert (node["qty"], node["filledQty"], node["isFilled"]) == (12, 15, True)
+    assert not node["isCanceled"] and not node["errorReason"]
+
+
 def test_orders_of_others_are_listed_too(on: Stage) -> None:
     trader = on.trader()
     mine = trader.placed(LIMIT_ORDER, key="mine")
