@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
 from httptrading.brokers import longbridge_sdk
@@ -38,6 +39,7 @@ from httptrading.brokers.longbridge_rest import (
     NotSent,
     Query,
     Refused,
+    address,
 )
 from httptrading.brokers.longbridge_token import Token, TokenFile, TokenFileError
 from httptrading.brokers.longbridge_words import (
@@ -182,7 +184,7 @@ class LongBridge(BaseBroker):
         path = Path(str(given["token_file"])).expanduser().absolute()
         top_level = "cn" if os.environ.get("LONGPORT_REGION", "").upper() == "CN" else "com"
         self._urls = {
-            name: str(given.get(name) or default.format(top_level))
+            name: _url(name, str(given.get(name) or default.format(top_level)))
             for name, default in ADDRESSES.items()
         }
         self._file = TokenFile(path, self._app_key)
@@ -637,6 +639,21 @@ def _reading() -> Iterator[None]:
     except UNREADABLE as error:
         log.error("LongBridge: an answer could not be read (%s)", type(error).__name__)
         raise TimedOut(NOT_INTELLIGIBLE) from None
+
+
+def _url(name: str, text: str) -> str:
+    """An address that works: without TLS where `https` is misspelt, the token would be readable."""
+    scheme = "http" if name == "http_url" else "ws"
+    is_url = re.fullmatch(rf"{scheme}s?://[A-Za-z0-9.:\[\]_-]+(/[!-~]*)?", text)
+    try:
+        parts = urlsplit(text)
+        _, port = address(parts.netloc)
+    except ValueError:  # no host, or no such port
+        is_url = None
+    if not is_url or port == 0 or parts.query or parts.fragment:
+        raise ValueError(f"LongBridge's {name} must be an address that begins with {scheme}s://")
+    # The SDK puts its paths behind it as it is: a `//v1/…` is another path.
+    return text.rstrip("/") if scheme == "http" else text
 
 
 def _check_order_id(order_id: str) -> None:

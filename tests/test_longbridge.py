@@ -1275,6 +1275,31 @@ def test_arguments_are_checked() -> None:
         LongBridge({"app_key": "k", "app_secret": "s", "tokenfile": "t"})
 
 
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [
+        ("http_url", "openapi.longportapp.com"),
+        ("http_url", "htps://openapi.longportapp.com"),
+        ("http_url", "wss://openapi.longportapp.com"),
+        ("http_url", "https://"),
+        ("http_url", "https://openapi.longportapp.com:99999"),
+        ("http_url", "https://openapi.longportapp.com:0"),
+        ("http_url", "https://openapi.longportapp.com?region=us"),
+        ("http_url", "https://me:word@openapi.longportapp.com"),
+        ("http_url", "https://openapi.longportapp.com "),
+        ("http_url", "https://[::1"),
+        ("quote_ws_url", "openapi-quote.longportapp.com/v2"),
+        ("quote_ws_url", "https://openapi-quote.longportapp.com/v2"),
+        ("trade_ws_url", "wss://"),
+        ("trade_ws_url", 443),
+    ],
+)
+def test_addresses_are_checked(name: str, url: object) -> None:
+    scheme = "https" if name == "http_url" else "wss"
+    with pytest.raises(ValueError, match=f"LongBridge's {name} must .* begins with {scheme}://"):
+        LongBridge({"app_key": "k", "app_secret": "s", "token_file": "t", name: url})
+
+
 def test_instances_of_one_account_share_their_limits(tmp_path: Path) -> None:
     arguments = {"app_key": "k", "app_secret": "s", "token_file": str(tmp_path / "t.toml")}
     one, other = LongBridge(arguments), LongBridge({**arguments, "auto_refresh_token": True})
@@ -1282,5 +1307,7 @@ def test_instances_of_one_account_share_their_limits(tmp_path: Path) -> None:
     paper = LongBridge({**arguments, "token_file": "/u.toml"})  # its token is its account's own
     assert one.window_key("trade") == other.window_key("trade") != paper.window_key("trade")
     assert one.window_key("quote") == paper.window_key("quote")
+    slash = LongBridge({**arguments, "http_url": "https://openapi.longportapp.com/"})
+    assert one.window_key("quote") == slash.window_key("quote")
     another = LongBridge({**arguments, "app_key": "l"})
     assert one.window_key("quote") != another.window_key("quote")
