@@ -41,7 +41,13 @@ from httptrading.brokers.longbridge_rest import (
     Refused,
     address,
 )
-from httptrading.brokers.longbridge_token import Token, TokenFile, TokenFileError
+from httptrading.brokers.longbridge_token import (
+    US_ACCOUNT,
+    US_PREFIX,
+    Token,
+    TokenFile,
+    TokenFileError,
+)
 from httptrading.brokers.longbridge_words import (
     OPEN_WORDS,
     UNKNOWN_ORDER_CODE,
@@ -178,6 +184,9 @@ class LongBridge(BaseBroker):
         if missing:
             raise ValueError(f"LongBridge needs {', '.join(missing)} in its arguments")
         self._app_key, self._app_secret = str(given["app_key"]), str(given["app_secret"])
+        for name in ("app_key", "app_secret"):
+            if str(given[name]).startswith(US_PREFIX):
+                raise ValueError(f"LongBridge's {name} is of {US_ACCOUNT}")
         self._renews = given.get("auto_refresh_token", False)
         if not isinstance(self._renews, bool):
             raise ValueError("LongBridge's auto_refresh_token is true or false")

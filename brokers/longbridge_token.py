@@ -32,6 +32,15 @@ RENEW_PAUSE = 600.0
 longer, so that a failing renewal, or a broker that grants short lives, is no storm. Half its
 remaining life if that is shorter: a token that has ended can no longer be renewed (401003)."""
 
+US_PREFIX = "us_"
+"""How the app key, secret and token of an account in LongBridge's US data centre begin; all others
+are of Asia-Pacific (longbridge/openapi v4.5.0, rust/crates/geo/src/lib.rs)."""
+
+US_ACCOUNT = (
+    "an account in LongBridge's US data centre (us_…), which is not supported: its orders and "
+    "positions are told by requests of their own"
+)
+
 _LINE = re.compile(r"^[ \t]*(?P<key>token|expiry|\"token\"|\"expiry\"|'token'|'expiry')[ \t]*=")
 _TABLE = re.compile(r"^[ \t]*\[")
 
@@ -68,6 +77,8 @@ def read_token(path: Path, app_key: str) -> Token:
             f"The LongBridge token file {path} cannot be read ({type(error).__name__})"
         ) from None
     token = parse_token(text, path)
+    if token.text.startswith(US_PREFIX):
+        raise TokenFileError(f"The token in {path} is of {US_ACCOUNT}")
     claims = claims_of(token.text)
     owner = claims.get("ak")
     if isinstance(owner, str) and owner and owner != app_key:

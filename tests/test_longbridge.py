@@ -1273,6 +1273,9 @@ def test_arguments_are_checked() -> None:
         )
     with pytest.raises(ValueError, match="no argument 'tokenfile'"):
         LongBridge({"app_key": "k", "app_secret": "s", "tokenfile": "t"})
+    for name in ("app_key", "app_secret"):
+        with pytest.raises(ValueError, match=f"{name} is of an account in LongBridge's US data"):
+            LongBridge({"app_key": "k", "app_secret": "s", "token_file": "t", name: "us_k"})
 
 
 @pytest.mark.parametrize(

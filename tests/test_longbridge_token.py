@@ -86,6 +86,7 @@ def test_every_way_to_write_the_expiry(tmp_path: Path, expiry: str) -> None:
         ('token = "a"\nexpiry = inf', "no time called expiry"),
         ('token = "a"\nexpiry = 2020-01-01', "expired at 2020-01-01T00:00:00Z"),
         (f'token = "{jwt(ak="other")}"\nexpiry = 2099-01-01', "another LongBridge app key"),
+        ('token = "us_m_eyJh.eyJl.sign"\nexpiry = 2099-01-01', "US data centre"),
         (f'token = "{jwt(exp=1600000000)}"\nexpiry = 2099-01-01', "expired at 2020-09-13"),
     ],
 )
