@@ -172,6 +172,13 @@ class Renewer:
         if unwritten:
             self._unwritten = Token(**json.loads(unwritten))
             self._file.keep(self._unwritten)
+        elif process.returncode:  # killed where memory ran out, say, perhaps before it wrote
+            log.critical(
+                "The process that renews the LongBridge token died (%s): the token in %s goes on "
+                "while it is accepted; if it is not, put a new one there",
+                process.returncode,
+                self._file.path,
+            )
 
     def _write(self, renewal: Renewal, token: Token) -> None:
         if write(renewal, token):

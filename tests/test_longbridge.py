@@ -1,5 +1,6 @@
 """LongBridge over the wire: the real SDK and our REST against a simulated LongPort."""
 
+import asyncio
 import base64
 import itertools
 import json
@@ -26,7 +27,8 @@ from acceptance.kit import Answer, Subject, Trader, wait_for
 from httptrading import create_app
 from httptrading.brokers.base import BaseBroker, Combination, Window
 from httptrading.brokers.longbridge import LongBridge
-from httptrading.brokers.longbridge_token import read_token
+from httptrading.brokers.longbridge_renewal import Account, Renewer
+from httptrading.brokers.longbridge_token import TokenFile, read_token
 from httptrading.brokers.paper import Paper
 from httptrading.brokers.settings import InstanceSettings
 from httptrading.model import OrderType
@@ -961,6 +963,32 @@ class TestToken:
         wait_for(lambda: "could not be written" in capfd.readouterr().err, "a vain attempt")
         obstacle.rmdir()
         wait_for(lambda: read_token(path, "app-key").text != "token-1", "the new token on disk")
+
+    def test_a_killed_renewal_is_said(
+        self,
+        exchange: Exchange,
+        server: LongPort,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """Between LongPort's answer and the file: nobody has the new token."""
+        file = TokenFile(token_file(tmp_path, seconds=3600), "app-key")
+        exchange.fault("refresh", FaultKind.LATE, seconds=600)
+        account = Account("app-key", "app-secret", server.http_url)
+        renewer = Renewer(file, account, renews=True)
+
+        async def renew() -> None:
+            others = psutil.Process().children()
+            await renewer.look()
+            while "token-1" in server.tokens:
+                await asyncio.sleep(0.01)
+            [process] = set(psutil.Process().children()) - set(others)
+            process.kill()
+            await renewer.finish(60.0)
+
+        asyncio.run(renew())
+        assert "token died (-9)" in caplog.text
+        assert not renewer.holds_the_only_token
 
     def test_nothing_is_renewed_unasked(
         self, exchange: Exchange, server: LongPort, tmp_path: Path
