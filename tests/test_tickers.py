@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import doctest
 import string
+from types import ModuleType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from httptrading import tickers
+from httptrading import model, tickers
+from httptrading.brokers import journal_rows
 from httptrading.tickers import REGIONS, canonical_ticker, cn_exchange
 
 ROOTS = st.text(string.ascii_uppercase + string.digits, min_size=1, max_size=6)
 CLASSES = st.text(string.ascii_uppercase, min_size=1, max_size=4)
 
 
-def test_the_examples_in_the_docstrings() -> None:
-    assert doctest.testmod(tickers).failed == 0
+@pytest.mark.parametrize("module", [tickers, model, journal_rows])
+def test_the_examples_in_the_docstrings(module: ModuleType) -> None:
+    told = doctest.testmod(module)
+    assert told.attempted and not told.failed
 
 
 @given(ROOTS, CLASSES, st.sampled_from(["-", "/", " ", "."]), st.booleans())
