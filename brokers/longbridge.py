@@ -185,6 +185,8 @@ class LongBridge(BaseBroker):
             raise ValueError(f"LongBridge needs {', '.join(missing)} in its arguments")
         self._app_key, self._app_secret = str(given["app_key"]), str(given["app_secret"])
         for name in ("app_key", "app_secret"):
+            if not re.fullmatch(r"[!-~]+", str(given[name])):  # what HTTP carries in a header
+                raise ValueError(f"LongBridge's {name} has a character that no {name} has")
             if str(given[name]).startswith(US_PREFIX):
                 raise ValueError(f"LongBridge's {name} is of {US_ACCOUNT}")
         self._renews = given.get("auto_refresh_token", False)

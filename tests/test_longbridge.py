@@ -1304,6 +1304,9 @@ def test_arguments_are_checked() -> None:
     for name in ("app_key", "app_secret"):
         with pytest.raises(ValueError, match=f"{name} is of an account in LongBridge's US data"):
             LongBridge({"app_key": "k", "app_secret": "s", "token_file": "t", name: "us_k"})
+        for wrong in ("k ", "k\r\nX: 1", "钥"):
+            with pytest.raises(ValueError, match=f"LongBridge's {name} has a character"):
+                LongBridge({"app_key": "k", "app_secret": "s", "token_file": "t", name: wrong})
 
 
 @pytest.mark.parametrize(
