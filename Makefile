@@ -35,8 +35,8 @@ run: $(CORE) ## start the service on http://127.0.0.1:8080 (PORT=…, HTTPTRADIN
 	@HTTPTRADING_SHOW_TOKEN=1 $(if $(PORT),HTTPTRADING_PORT=$(PORT)) exec $(BIN)/gunicorn
 
 # Compiled once and kept, whatever the caller's environment says: each worker and each service that
-# the tests start would compile everything anew.
-test: export PYTHONDONTWRITEBYTECODE =
+# tests and measurements start would compile everything anew.
+test bench: export PYTHONDONTWRITEBYTECODE =
 test: ## linters, types and the whole test suite
 	@$(MAKE) --no-print-directory --jobs 3 check suite ib-async-suite
 
