@@ -58,8 +58,7 @@ class GroupCommit:
     """Runs functions on a connection, each all or nothing, in the order they were given; one may
     run again when another that was to be committed with it has failed.
 
-    `failed` words a database error for the caller. `ended` counts the transactions: what was read
-    is still so while it has not changed.
+    `failed` words a database error for the caller. `ended` counts the transactions.
     """
 
     def __init__(
@@ -74,6 +73,7 @@ class GroupCommit:
         self._thread: threading.Thread | None = None
         self._closed = False
         self._synced = True
+        self._under_way = False
         self.ended = 0
 
     def post(
@@ -101,6 +101,11 @@ class GroupCommit:
                 self._thread.start()
             self._queue.put(change)
         return change.future
+
+    def unchanged_since(self, ended: int) -> bool:
+        """Whether what was read after so many transactions is surely still so. While one is under
+        way it is not: others may see it before it is counted."""
+        return not self._under_way and self.ended == ended
 
     def close(self, seconds: float) -> None:
         """Writes what was given so far, then ends."""
@@ -143,6 +148,7 @@ class GroupCommit:
         short = short and self._is_sqlite
         results: list[Any] = []
         began = False
+        self._under_way = True
         try:
             with self._begin_short(batch) if short else self._begin() as connection:
                 began = True
@@ -151,7 +157,7 @@ class GroupCommit:
         except NotThatSimple:
             self._commit(batch, short=False)
         except Exception as error:
-            self.ended += 1  # whether it was committed is not known when the connection broke
+            self._count()  # whether it was committed is not known when the connection broke
             self._let_go()
             if began and len(results) < len(batch) and len(batch) > 1:
                 for change in batch:
@@ -161,9 +167,13 @@ class GroupCommit:
             for change in batch:
                 change.future.set_exception(worded)
         else:
-            self.ended += 1
+            self._count()
             for change, result in zip(batch, results, strict=True):
                 change.future.set_result(result)
+
+    def _count(self) -> None:
+        self.ended += 1
+        self._under_way = False
 
     # --- the connection -----------------------------------------------------------------------
     def _connection(self) -> sa.Connection:

@@ -82,9 +82,9 @@ class _Joined:
     writes: int
     no_news: bool
 
-    def is_no_news(self, answer: Order | OrderReport, writes: int) -> bool:
+    def is_no_news(self, answer: Order | OrderReport, journal: Journal) -> bool:
         """Who polls an order is mostly told what the journal knows already."""
-        return self.no_news and self.writes == writes and self.answer == answer
+        return self.no_news and journal.unchanged_since(self.writes) and self.answer == answer
 
 
 @dataclass(frozen=True)
@@ -506,11 +506,11 @@ class Instance:
                 raise
             return row.order
         report = found if isinstance(found, OrderReport) else OrderReport(found)
-        before = self._journal.writes
         joined = self._joined.get(report.order.order_id)
-        if joined is not None and joined.is_no_news(found, before):
+        if joined is not None and joined.is_no_news(found, self._journal):
             joined.answer = found
             return joined.order
+        before = self._journal.writes
         recorded = True
         try:
             self._journal.record(self.id, [report], seen, deadline=deadline)
@@ -556,7 +556,7 @@ class Instance:
         joined = self._joined.get(order_id)
         if not known or joined is None or joined.answer is not found:
             return None
-        return joined.order if joined.writes == self._journal.writes else None
+        return joined.order if self._journal.unchanged_since(joined.writes) else None
 
     def orders(
         self,

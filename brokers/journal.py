@@ -88,8 +88,12 @@ class Journal:
 
     @property
     def writes(self) -> int:
-        """How often anything may have been written: what was read is still so at the same count."""
+        """How often anything may have been written."""
         return self._database.writes
+
+    def unchanged_since(self, writes: int) -> bool:
+        """Whether what was read after so many writes is surely still so."""
+        return self._database.unchanged_since(writes)
 
     # --- placing ------------------------------------------------------------------------------
     def mark(self, instance_id: str, client_order_id: str, attempt: int) -> str:
@@ -299,7 +303,8 @@ class Journal:
         written since: who polls an order asks for the same row again and again."""
         keys = [(instance_id, *name) for name in names]
         seen = self._seen
-        if seen.writes != self._database.writes or len(seen.rows) + len(keys) > MOST_SEEN:
+        still = self._database.unchanged_since(seen.writes)
+        if not still or len(seen.rows) + len(keys) > MOST_SEEN:
             seen = _Seen(self._database.writes)
         missing = [key for key in keys if key not in seen.rows]
         if missing:

@@ -98,8 +98,12 @@ class JournalDatabase:
 
     @property
     def writes(self) -> int:
-        """How often anything may have been written: what was read is still so at the same count."""
+        """How often anything may have been written."""
         return self._commits.ended
+
+    def unchanged_since(self, writes: int) -> bool:
+        """Whether what was read after so many writes is surely still so."""
+        return self._commits.unchanged_since(writes)
 
     def surely_lacks(self, statement: Short, values: Mapping[str, Any]) -> bool:
         """Whether a query surely finds nothing; False also when this cannot be told in a moment."""

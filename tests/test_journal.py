@@ -911,6 +911,33 @@ def test_a_journal_that_was_read_only_is_written_again(journal: Journal) -> None
     assert row_of(journal, begin(journal, "after")).state == "sending"
 
 
+def test_a_row_in_memory_is_not_used_once_a_commit_can_be_seen(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it is counted: else one request would be told the order's next state, and a later one
+    the state before."""
+    told: list[Any] = []
+    real = GroupCommit._begin
+
+    def tell() -> None:
+        (row,) = journal.orders(ID, open_=None, since=None, limit=9)
+        known = journal.by_order_id(ID, "1")
+        assert known is not None
+        told.append((row.order.filled_qty, known.order.filled_qty))
+
+    @contextmanager
+    def committed(commits: GroupCommit) -> Iterator[sa.Connection]:
+        with real(commits) as connection:
+            yield connection
+        tell()
+
+    journal.record(ID, [OrderReport(order())])
+    tell()
+    monkeypatch.setattr(GroupCommit, "_begin", committed)
+    journal.record(ID, [OrderReport(order(filled_qty=4, avg_price=5))])
+    assert told == [(0, 0), (4, 4)]
+
+
 def test_a_damaged_file_is_told(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path.write_bytes(b"no database" * 1000)
     with closing(Journal(f"sqlite:///{path}")) as journal:

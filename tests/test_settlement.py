@@ -797,7 +797,6 @@ def test_a_filled_order_is_told_with_the_price_of_all_fills(on: Stage) -> None:
             lambda qty=pushed.filled_qty: trader.orders()["orders"][0]["filledQty"] == qty or None,
             "the push to be recorded",
         )
-    wait_for(lambda: trader.state(order_id).ok, "order/state to be told from that record")
     node = trader.order(order_id)
     assert (node["isFilled"], node["avgPrice"]) == (True, 12), "what is known, while it is down"
     on.script.do["order"] = lambda **_: Order(order_id, "USD", 12, 12, Decimal("12.3"))
