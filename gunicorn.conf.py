@@ -10,7 +10,8 @@ from pathlib import Path
 
 from httptrading.app import hooks
 from httptrading.app.bulkhead import SPARE
-from httptrading.app.config import ConfigurationError, address, load_settings
+from httptrading.app.config import address, load_settings
+from httptrading.app.config_checks import ConfigurationError
 from httptrading.app.logs import log_to_stderr, secrets_of
 from httptrading.brokers.gateway import Gateway
 

@@ -16,13 +16,8 @@ from werkzeug.exceptions import NotFound
 from httptrading.app.answers import not_found
 from httptrading.app.blueprint import Service, make_blueprint
 from httptrading.app.bulkhead import SPARE
-from httptrading.app.config import (
-    Settings,
-    check_instances,
-    check_service,
-    default_data_dir,
-    load_settings,
-)
+from httptrading.app.config import Settings, default_data_dir, load_settings
+from httptrading.app.config_checks import check_instances, check_service
 from httptrading.brokers.base import BaseBroker
 from httptrading.brokers.gateway import Gateway
 from httptrading.brokers.settings import InstanceSettings

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import secrets
 from collections.abc import Iterable
 
-from httptrading.app.config import token_digest
+TOKEN_DIGEST = re.compile(r"sha256:[0-9a-fA-F]{64}")
 
 
 class Doorkeeper:
@@ -38,6 +39,13 @@ class Doorkeeper:
         for digest in digests:
             matches |= hmac.compare_digest(digest, given)
         return found if matches and found else None
+
+
+def token_digest(token: str) -> bytes:
+    """The SHA-256 of a token as it stands in a configuration, plain or already a digest."""
+    if TOKEN_DIGEST.fullmatch(token):
+        return bytes.fromhex(token.removeprefix("sha256:"))
+    return hashlib.sha256(token.encode()).digest()
 
 
 def _digest(text: str) -> bytes:

@@ -20,7 +20,7 @@ from typing import Any
 
 from gunicorn.workers.gthread import ThreadWorker
 
-from httptrading.app.config import ConfigurationError
+from httptrading.app.config_checks import ConfigurationError
 from httptrading.app.logs import flush_logs, log_aside, quotes_no_request, secrets_of
 from httptrading.brokers.base import masked
 from httptrading.brokers.gateway import Gateway

@@ -18,7 +18,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
-from httptrading.app.config import ConfigurationError
+from httptrading.app.config_checks import ConfigurationError
 from httptrading.brokers.settings import InstanceSettings
 
 _FIELDS = ("request_id", "instance", "status", "outcome", "milliseconds")

@@ -13,15 +13,9 @@ import pytest
 from sqlalchemy.dialects.sqlite.aiosqlite import SQLiteDialect_aiosqlite
 
 from httptrading import create_blueprint
-from httptrading.app.config import (
-    ConfigurationError,
-    Settings,
-    address,
-    check_instances,
-    default_data_dir,
-    load_settings,
-    token_digest,
-)
+from httptrading.app.auth import token_digest
+from httptrading.app.config import Settings, address, default_data_dir, load_settings
+from httptrading.app.config_checks import ConfigurationError, check_instances
 from httptrading.brokers.base import BaseBroker, Window
 from httptrading.brokers.paper import Paper
 from httptrading.brokers.settings import InstanceSettings

@@ -25,7 +25,8 @@ from werkzeug.test import TestResponse
 import httptrading
 from httptrading import Paper, create_app
 from httptrading.app.answers import HTTP_STATUS
-from httptrading.app.config import DOCUMENTED, load_settings
+from httptrading.app.config import load_settings
+from httptrading.app.config_checks import DOCUMENTED
 from httptrading.brokers.instance import offers
 from httptrading.brokers.reads import AGES
 

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import pytest
 
 from acceptance.kit import wait_for
-from httptrading.app.config import ConfigurationError
+from httptrading.app.config_checks import ConfigurationError
 from httptrading.app.logs import MOST_WAITING, JsonLines, WrittenAside, log_to_stderr
 
 
