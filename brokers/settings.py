@@ -36,7 +36,7 @@ class InstanceSettings:
 
     hard_limit: float = 5.0
     """Seconds that a call may run, whatever its deadline, before its worker can count as stuck; it
-    is replaced when both have passed."""
+    is replaced when both have passed, or before, when a read beyond it would make an order late."""
 
     connect_timeout: float = 15.0
     """Seconds after which an attempt to connect is abandoned."""

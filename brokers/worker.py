@@ -52,6 +52,10 @@ STEADY = 5.0
 REPLACE_GRACE = 0.25
 """Seconds a call may run past its limit before its lane is given up."""
 
+RECONNECTS_WITHIN = 3.0
+"""Seconds that a new connection and the order after it are given: so long before its deadline, an
+order or cancellation is worth more than a read that runs beyond its limit."""
+
 STUCK_LOOKS = 3
 """Looks in a row that must find a lane beyond its limit: after a standstill of the whole process (a
 suspended machine) every limit has passed at the first look, and no broker is to blame."""
@@ -302,7 +306,7 @@ class Worker:
             lane = self._lane
             if lane is None or self._closing:
                 return
-            reason = lane.stuck(now)
+            reason = lane.stuck(now) or self._held_up(lane, now)
             lane.looks_beyond = lane.looks_beyond + 1 if reason else 0
             if lane.looks_beyond < STUCK_LOOKS or len(self._abandoned) >= MOST_ABANDONED:
                 return
@@ -317,6 +321,16 @@ class Worker:
             self._abandoned.append(lane)
         log.warning("worker %s: %s; replaced", self.name, reason)
         lane.give_up()
+
+    def _held_up(self, lane: _Lane, now: float) -> str:
+        """Why a lane must be replaced though its read has time left (a listing has 20 s), or ""."""
+        if not lane.reads_for_long(now):
+            return ""
+        pressing = (
+            call.ready and call.operation in CHANGES and call.deadline < now + RECONNECTS_WITHIN
+            for _, _, call in self._queue
+        )
+        return "The broker does not answer, and an order waits" if any(pressing) else ""
 
     def _new_lane(self, pause: float = 0.0) -> None:
         """Leaves everything as it is when that fails."""
@@ -499,6 +513,13 @@ class _Lane(threading.Thread):
         if self._wake_sent is not None and now > self._wake_sent + self._worker._hard_limit:
             return "The connection's thread is blocked"
         return ""
+
+    def reads_for_long(self, now: float) -> bool:
+        """Whether what runs beyond the limit is a read: giving it up changes nothing."""
+        call = self.current
+        if self._running_until is None or call is None or call.began is None:
+            return False
+        return call.operation not in CHANGES and now > call.began + self._worker._hard_limit
 
     @property
     def pid(self) -> int | None:

@@ -578,6 +578,65 @@ def test_a_standstill_of_the_process_replaces_nobody(
         assert hanging.result().ok  # late, but in time for its reader
 
 
+@pytest.mark.parametrize("change", ["cancel", "place"])
+def test_a_read_beyond_its_limit_gives_way_to_an_order_that_would_be_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Though it has time left itself; a listing may run for 20 s, a cancellation has 10."""
+    monkeypatch.setattr(gateway_module, "SUPERVISION", 300.0)  # the test looks, nobody else
+    with stage(tmp_path, hard_limit=0.01) as on, clients() as pool:
+        on.ready()
+        worker, order_id = worker_of(on), on.trader().placed(LIMIT_ORDER)
+
+        def replaced() -> bool:
+            for _ in range(worker_module.STUCK_LOOKS):
+                worker.check()
+            return worker.state.replacements == 1
+
+        with on.script.hold("cash"):
+            reading = pool.submit(on.trader().cash, timeout=30)
+            on.script.arrived("cash")
+            lane = worker._lane
+            assert lane is not None
+            wait_for(lambda: lane.reads_for_long(time.monotonic()), "its limit to pass")
+            more = pool.submit(on.trader().positions, timeout=30)
+            wait_for(lambda: ready_calls(on) == 1, "another read behind it")
+            monkeypatch.setattr(worker_module, "RECONNECTS_WITHIN", 60.0)
+            assert not replaced(), "no order waits"
+            if change == "cancel":
+                changing = pool.submit(on.trader().cancel, order_id, timeout=29)
+            else:
+                changing = pool.submit(on.trader().place, LIMIT_ORDER, timeout=29)
+            wait_for(lambda: ready_calls(on) == 2, "the order to wait as well")
+            monkeypatch.setattr(worker_module, "RECONNECTS_WITHIN", 0.0)
+            assert not replaced(), "there is time left"
+            monkeypatch.setattr(worker_module, "RECONNECTS_WITHIN", 60.0)
+            assert replaced()
+            assert changing.result().ok
+            assert more.result().ok
+        assert reading.result().ok  # late, but in time for its reader
+
+
+def test_an_order_that_hangs_gives_way_to_nothing_before_its_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway_module, "SUPERVISION", 300.0)
+    monkeypatch.setattr(worker_module, "RECONNECTS_WITHIN", 60.0)
+    with stage(tmp_path, hard_limit=0.01) as on, clients() as pool:
+        on.ready()
+        worker, order_id = worker_of(on), on.trader().placed(LIMIT_ORDER)
+        with on.script.hold("place_order"):
+            placing = pool.submit(on.trader().place, LIMIT_ORDER, timeout=30)
+            on.script.arrived("place_order", 2)
+            canceling = pool.submit(on.trader().cancel, order_id, timeout=30)
+            wait_for(lambda: ready_calls(on) == 1, "the cancellation to wait")
+            for _ in range(worker_module.STUCK_LOOKS):
+                worker.check()
+            assert worker.state.replacements == 0
+        assert placing.result().ok
+        assert canceling.result().ok
+
+
 def test_only_so_many_threads_may_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "MOST_ABANDONED", 2)
     monkeypatch.setattr(worker_module, "BACK_OFF", (0.05,))
