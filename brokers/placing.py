@@ -165,17 +165,19 @@ class Placing:
         placement.set_result(known.order_id)
         return Placed(known.order_id, placement.key, known.created, replayed=True)
 
-    def _forget(self, placement: Placement) -> None:
+    def _forget(self, placement: Placement) -> bool:
+        """True once: whoever is told so ends the placement, and nobody else does."""
         with self._lock:
-            if self._in_flight.get(placement.key) is placement:
-                del self._in_flight[placement.key]
+            if self._in_flight.get(placement.key) is not placement:
+                return False
+            del self._in_flight[placement.key]
+            return True
 
     def _give_back(self, placement: Placement, error: BaseException) -> None:
         """Ends a placement that was never let run."""
         self._withdraw(placement)
         call = placement.call
-        if (call is None or not call.ready) and not placement.done():
-            self._forget(placement)
+        if (call is None or not call.ready) and self._forget(placement):
             placement.set_exception(error)
 
     def _withdraw(self, placement: Placement) -> None:
@@ -261,8 +263,7 @@ class Placing:
         placement.answer = answer
 
         def resolve() -> None:
-            self._forget(placement)
-            if placement.done():
+            if not self._forget(placement):
                 return  # its request was told in time that nothing was sent
             if isinstance(answer, str):
                 placement.set_result(answer)

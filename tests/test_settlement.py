@@ -17,7 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
@@ -37,6 +37,7 @@ from httptrading.brokers.journal_tables import NOT_PLACED, PLACED, REFUSED, UNKN
 from httptrading.brokers.worker import Call
 from httptrading.errors import (
     BrokerUnavailable,
+    Busy,
     HttpTradingError,
     OrderNotFound,
     OutcomeUnknown,
@@ -1237,15 +1238,56 @@ def test_a_disk_that_hangs(on: Stage) -> None:
     gate = threading.Event()
     commits.post(lambda connection: gate.wait(300))
     try:
-        answer = trader.place(LIMIT_ORDER, key="k", timeout=1)
-        assert answer.code in ("BUSY", "TIMEOUT") and answer.error["outcome"] == "none", answer
-        assert answer.seconds < 20
+        for _ in range(2):  # nobody has to wait for one that will never be sent
+            answer = trader.place(LIMIT_ORDER, key="k", timeout=1)
+            assert answer.code in ("BUSY", "TIMEOUT") and answer.error["outcome"] == "none", answer
+            assert answer.seconds < 20
         assert trader.cash().ok
     finally:
         gate.set()
     assert on.script.calls("place_order") == []
     until(lambda: trader.place(LIMIT_ORDER, key="k"), "")
     assert len(on.script.calls("place_order")) == 1
+
+
+def test_a_disk_that_comes_back_just_when_it_is_given_up(on: Stage) -> None:
+    """The request and the journal's thread both have an end for the order; one of them counts."""
+    placing = on.gateway.instance(INSTANCE)._placing
+    forget, gate = placing._forget, threading.Event()
+    request = threading.current_thread()
+
+    def later(placement: Any) -> Any:
+        if threading.current_thread() is request and placement.call is not None:
+            gate.set()
+            wait_for(placement.done, "what the journal's thread says")
+        return forget(placement)
+
+    placing._forget = later
+    on.gateway._journal._database._commits.post(lambda connection: gate.wait(300))
+    try:
+        answer = on.trader().place(LIMIT_ORDER, key="k", timeout=1)
+    finally:
+        gate.set()
+    assert answer.code in ("BUSY", "TIMEOUT") and answer.error["outcome"] == "none", answer
+
+
+def test_a_record_that_failed_is_no_order_on_its_way(
+    on: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one under its name has the same mark, and is settled as any other."""
+
+    def full(*_: Any, **__: Any) -> Future[Any]:
+        failed: Future[Any] = Future()
+        failed.set_exception(Busy("The disk is full.", retry_after=5))
+        return failed
+
+    trader = on.trader()
+    with monkeypatch.context() as disk:
+        disk.setattr(GroupCommit, "post", full)
+        assert trader.place(LIMIT_ORDER, key="k").code == "BUSY"
+    on.script.do["place_order"] = LOST
+    unknown(trader.place(LIMIT_ORDER, key="k"))
+    until(lambda: trader.state(key="k"), "ORDER_NOT_FOUND")
 
 
 def test_a_disk_that_hangs_holds_no_question_up(on: Stage) -> None:
