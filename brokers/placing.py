@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from httptrading.brokers.journal import Journal
 from httptrading.brokers.journal_database import TOO_SLOW
 from httptrading.brokers.journal_rows import JournalOrder, OrderRequest, Outcome
-from httptrading.brokers.journal_tables import NOT_PLACED, PLACED, REFUSED, SEEN, UNKNOWN
+from httptrading.brokers.journal_tables import NOT_PLACED, PLACED, REFUSED, UNKNOWN
 from httptrading.brokers.recorder import Recorder
 from httptrading.brokers.worker import Call, NotSentInTime, not_sent_in_time
 from httptrading.errors import (
@@ -117,11 +117,10 @@ class Placing:
                     if placement.call is not None or time.monotonic() >= deadline:
                         raise
                     continue  # that request has found it unsettled: wait for that as it does
-                except HttpTradingError as error:
+                except HttpTradingError:
                     # What the broker was asked and said is said to all; but a request that gave
                     # up before leaves this one its right to try.
-                    asked = placement.call is not None and placement.call.began is not None
-                    if asked or not error.retryable or time.monotonic() >= deadline:
+                    if placement.call is not None and placement.call.began is not None:
                         raise
                     continue
             try:
@@ -129,7 +128,7 @@ class Placing:
                 if known is not None:
                     if not known.same_content(request):
                         raise _conflict(key)
-                    if known.state in (PLACED, SEEN):
+                    if known.state == PLACED:
                         return self._release(placement, known)
                     if known.state == REFUSED:
                         raise _own(Rejected(known.order.error_reason), replayed=True)
@@ -156,7 +155,7 @@ class Placing:
             known = self._journal.by_client_order_id(self._instance.id, key)
         except Busy:
             return None
-        if known is None or known.state not in (PLACED, SEEN):
+        if known is None or known.state != PLACED:
             return None
         return Placed(known.order_id, key, known.created, replayed=True)
 

@@ -15,6 +15,7 @@ import pytest
 from acceptance.kit import Answer, Trader, in_time, wait_for
 from httptrading.brokers.base import Window
 from httptrading.brokers.journal_rows import OrderRequest
+from httptrading.brokers.placing import unknown
 from httptrading.errors import (
     BrokerUnavailable,
     Busy,
@@ -161,8 +162,10 @@ def test_twelve_at_once(on: Stage) -> None:
     assert len(on.script.calls("place_order")) == 1
 
 
-@pytest.mark.parametrize("error", [Rejected("No buying power."), RateLimited("Too fast.")])
-def test_twelve_at_once_are_told_no(on: Stage, error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error", [Rejected("No buying power."), RateLimited("Too fast."), unknown("k")]
+)
+def test_twelve_at_once_are_told_what_the_first_is(on: Stage, error: Exception) -> None:
     gate = threading.Barrier(13)
 
     def place(_: int) -> Answer:
@@ -187,7 +190,8 @@ def test_twelve_at_once_are_told_no(on: Stage, error: Exception) -> None:
         answers = [future.result(60) for future in futures]
     assert all(answer.body["ex"] == str(error) for answer in answers), answers
     assert sum(not answer.replayed for answer in answers) == 1
-    assert len(on.script.calls("place_order")) == 1, "not again into the broker's limit"
+    # Not again into the broker's limit, nor, in doubt, at all.
+    assert len(on.script.calls("place_order")) == 1
 
 
 def test_after_a_restart(tmp_path: Path) -> None:
@@ -312,6 +316,23 @@ def test_one_whose_time_is_up_leaves_the_others_their_try(on: Stage) -> None:
         "sent",
         "k",
     ]
+
+
+def test_the_others_need_not_wait_as_long_as_the_first(tmp_path: Path) -> None:
+    """Whose order is not even on its way yet: its worth is asked for."""
+    market = {**LIMIT_ORDER, "orderType": "Market"}
+    del market["price"]
+    with (
+        stage(tmp_path, max_order_value={"USD": Decimal(1000)}, hard_limit=60.0) as on,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        on.ready()
+        with on.script.hold("quote"):
+            first = pool.submit(on.trader().place, market, key="k", timeout=30)
+            on.script.arrived("quote")
+            second = on.trader().place(market, key="k", timeout=1)
+        assert (second.status, second.code) == (504, "OUTCOME_UNKNOWN"), second
+        assert first.result(60).ok
 
 
 class Limited(ScriptedBroker):

@@ -284,8 +284,32 @@ def test_found_while_the_call_still_runs(tmp_path: Path) -> None:
             assert until(lambda: trader.state(key="k"), "")["order"]["orderId"] == "69788888"
             again = trader.place(LIMIT_ORDER, key="k")
             assert again.replayed and again["orderId"] == "69788888"
+            assert again.seconds < 20, "it does not wait for the call"
         finally:
             stuck.set()
+
+
+def test_found_while_a_repetition_waits_for_the_call(on: Stage) -> None:
+    """A push tells of the order; the answer to the call itself is lost."""
+    placing = on.gateway.instance(INSTANCE)._placing
+    await_placement, pushed = placing._await_placement, threading.Event()
+
+    def waiting(placement: Any, deadline: float, *, replayed: bool) -> Any:
+        if replayed:
+            on.script.brokers[-1].report(on.script.orders[0])
+            journal = on.gateway._journal
+            wait_for(lambda: journal.by_client_order_id(INSTANCE, "k").state == PLACED, "the push")
+            pushed.set()
+        return await_placement(placement, deadline, replayed=replayed)
+
+    placing._await_placement = waiting
+    on.script.do["place_order"] = accepting(on.script, lambda **_: pushed.wait(300) and LOST())
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(on.trader().place, LIMIT_ORDER, key="k", timeout=30)
+        wait_for(lambda: on.script.orders, "the order to reach the broker")
+        again = on.trader().place(LIMIT_ORDER, key="k", timeout=30)
+        unknown(first.result(60))
+    assert again.replayed and again["orderId"] == "69788888", again
 
 
 class TwoLines(ScriptedBroker):
