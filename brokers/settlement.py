@@ -223,6 +223,8 @@ class Settlement:
         with self._lock:
             resync, calls, late = self._resync, set(self._calls), bool(self._late)
         rows = self._journal.unsettled(self._instance.id)
+        with self._lock:
+            calls.update(self._calls)  # and those that have begun meanwhile
         ended = [row for row in rows if row.mark not in calls]
         if not ended and not late and not resync:
             self._forget_settled(rows)

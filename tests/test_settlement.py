@@ -368,6 +368,39 @@ def test_a_listing_that_began_before_the_order_proves_nothing(tmp_path: Path) ->
         until(lambda: trader.state(key="k"), "")
 
 
+def test_an_order_that_begins_in_the_middle_of_a_look_is_not_missing_from_it(
+    tmp_path: Path,
+) -> None:
+    """Its row is there when those of earlier orders are read, and its call has just begun."""
+    with stage(tmp_path, kind=TwoLines, hard_limit=60.0) as on, ThreadPoolExecutor(1) as pool:
+        on.ready()
+        journal, settling = on.gateway._journal, on.gateway.instance(INSTANCE).settlement
+        unsettled, judge, sent = journal.unsettled, settling._judge, threading.Event()
+        sending: list[Any] = []
+        missing: list[str | None] = []
+
+        def read(instance_id: str) -> Any:
+            if unsettled(instance_id) and not sending:
+                on.script.do["place_order"] = lambda **_: sent.wait(300) and LOST()
+                sending.append(pool.submit(on.trader().place, LIMIT_ORDER, key="k"))
+                on.script.arrived("place_order", 2)
+            return unsettled(instance_id)
+
+        def judging(rows: list[Any], *about: Any) -> Any:
+            missing.extend(row.client_order_id for row in rows)
+            return judge(rows, *about)
+
+        journal.unsettled, settling._judge = read, judging
+        on.script.do["place_order"] = LOST
+        try:
+            unknown(on.trader().place(LIMIT_ORDER, key="before"), "before")
+            wait_for(lambda: missing, "the listing to be judged")
+            assert set(missing) == {"before"}
+        finally:
+            sent.set()
+        unknown(sending[0].result(60))
+
+
 def test_deadlines_that_pass_at_any_moment(tmp_path: Path) -> None:
     """In the queue, while it is recorded, while it is sent, just after: what a client is told is
     true at that moment, and in the end each order is there once."""
