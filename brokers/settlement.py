@@ -221,7 +221,7 @@ class Settlement:
     def _look(self) -> float | None:
         """Looks once; returns the seconds until the next look, or None when nothing is open."""
         with self._lock:
-            resync, calls, late = self._resync, set(self._calls), bool(self._late)
+            resync, calls, late = self._resync, set(self._calls), set(self._late)
         rows = self._journal.unsettled(self._instance.id)
         with self._lock:
             calls.update(self._calls)  # and those that have begun meanwhile
@@ -251,7 +251,8 @@ class Settlement:
             raise
         found = {report.mark for report in reports if report.mark and report.order.order_id}
         with self._lock:
-            self._late &= {row.mark or "" for row in rows} - found
+            # Not those that have become late since: the next look is for them.
+            self._late -= found | (late - {row.mark or "" for row in rows})
             self._news.notify_all()
         left = self._judge([row for row in ended if row.mark not in found], reports, began)
         if resync:

@@ -401,6 +401,33 @@ def test_an_order_that_begins_in_the_middle_of_a_look_is_not_missing_from_it(
         unknown(sending[0].result(60))
 
 
+def test_an_order_whose_time_passes_in_the_middle_of_a_look_is_looked_for(tmp_path: Path) -> None:
+    """Its call hangs on, so nothing else brings the next look."""
+    with stage(tmp_path, kind=TwoLines, hard_limit=60.0) as on:
+        on.ready()
+        settling = on.gateway.instance(INSTANCE).settlement
+        looking, hanging = threading.Event(), threading.Event()
+        before = len(on.script.calls("recent_orders"))
+
+        def listing(**_: Any) -> list[OrderReport]:
+            listed = list(on.script.orders)
+            looking.wait(300)
+            return listed
+
+        on.script.do["recent_orders"] = listing
+        on.script.do["place_order"] = accepting(on.script, lambda **_: hanging.wait(300))
+        try:
+            settling.connected()
+            on.script.arrived("recent_orders", before + 1)
+            unknown(on.trader().place(LIMIT_ORDER, key="k", timeout=1))
+            looking.set()
+            find = on.gateway._journal.by_client_order_id
+            wait_for(lambda: find(INSTANCE, "k").state == PLACED, "it to be found")
+        finally:
+            looking.set()
+            hanging.set()
+
+
 def test_deadlines_that_pass_at_any_moment(tmp_path: Path) -> None:
     """In the queue, while it is recorded, while it is sent, just after: what a client is told is
     true at that moment, and in the end each order is there once."""
