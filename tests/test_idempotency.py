@@ -66,6 +66,8 @@ def test_twice(on: Stage) -> None:
     same(first, trader.place(LIMIT_ORDER, key="k"))
     same(first, trader.place(dict(reversed(LIMIT_ORDER.items())), key="k"))
     assert len(on.script.calls("place_order")) == 1
+    placing = on.gateway.instance(on.brokers[0].instance_id)._placing
+    assert not placing._in_flight, "what is answered is in the journal, and not in memory"
 
 
 def test_an_order_costs_two_transactions(on: Stage) -> None:
@@ -333,6 +335,20 @@ def test_the_others_need_not_wait_as_long_as_the_first(tmp_path: Path) -> None:
             second = on.trader().place(market, key="k", timeout=1)
         assert (second.status, second.code) == (504, "OUTCOME_UNKNOWN"), second
         assert first.result(60).ok
+
+
+def test_one_whose_time_is_up_leaves_the_others_the_answer(on: Stage) -> None:
+    """Two requests under one name: the first gives up while its order is being sent."""
+    placing = on.gateway.instance(on.brokers[0].instance_id)._placing
+    with ThreadPoolExecutor(2) as pool:
+        with on.script.hold("place_order"):
+            first = pool.submit(on.trader().place, LIMIT_ORDER, key="k", timeout=1)
+            wait_for(lambda: placing._in_flight or first.done(), "the first request")
+            second = pool.submit(on.trader().place, LIMIT_ORDER, key="k", timeout=30)
+            on.script.arrived("place_order")
+            first.result(60)
+        assert second.result(60).ok
+    assert len(on.script.calls("place_order")) == 1
 
 
 class Limited(ScriptedBroker):

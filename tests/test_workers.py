@@ -20,6 +20,7 @@ import pytest
 from acceptance.kit import Answer, Trader, in_time, wait_for
 from httptrading.brokers import gateway as gateway_module
 from httptrading.brokers import worker as worker_module
+from httptrading.brokers.base import OPERATIONS
 from httptrading.brokers.registry import broker_register
 from httptrading.brokers.worker import BACK_OFF, Worker
 from httptrading.errors import BrokerUnavailable, HttpTradingError, OutcomeUnknown, TimedOut
@@ -313,6 +314,36 @@ def test_whatever_changes_something_makes_the_memory_stale(tmp_path: Path, chang
         assert from_memory(trader, "cash/state")["cash"]["amount"] == before
         CHANGES[change](on)
         assert from_memory(trader, "cash/state")["cash"]["amount"] > before
+
+
+class CashApart(ScriptedBroker):
+    connections = {"trade": tuple(set(OPERATIONS) - {"cash"}), "account": ("cash",)}
+
+
+@pytest.mark.parametrize(
+    ("change", "operation"), [("placing", "place_order"), ("cancelling", "cancel_order")]
+)
+def test_a_change_makes_the_memory_stale_before_it_is_sent_and_after(
+    tmp_path: Path, change: str, operation: str
+) -> None:
+    """It may have happened at the broker at any moment of its call."""
+    with (
+        stage(tmp_path, kind=CashApart, ages={"cash": 600.0}, hard_limit=UNHURRIED) as on,
+        clients() as pool,
+    ):
+        on.ready()
+        amounts = itertools.count(1)
+        on.script.do["cash"] = lambda: Cash("USD", next(amounts))
+        trader = on.trader()
+        before = from_memory(trader, "cash/state")["cash"]["amount"]
+        with on.script.hold(operation):
+            changing = pool.submit(CHANGES[change], on)
+            on.script.arrived(operation)
+            meanwhile = from_memory(trader, "cash/state")["cash"]["amount"]
+            assert meanwhile > before
+            assert from_memory(trader, "cash/state")["cash"]["amount"] == meanwhile
+        changing.result()
+        assert from_memory(trader, "cash/state")["cash"]["amount"] > meanwhile
 
 
 def test_a_read_under_way_is_not_shared_with_who_came_after_a_change(on: Stage) -> None:
