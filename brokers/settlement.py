@@ -105,8 +105,6 @@ class Settlement:
         """Before the order is in the journal: it is not looked for while it is being sent."""
         with self._lock:
             self._calls[mark] += 1
-            self._over.pop(mark, None)
-            self._misses.pop(mark, None)
 
     def call_late(self, mark: str) -> None:
         """Nobody waits for the call any more, but it has not ended: the order may be found, yet it

@@ -216,6 +216,45 @@ def test_a_call_still_running_is_never_given_up(tmp_path: Path) -> None:
         assert len(on.script.calls("place_order")) == 1
 
 
+class ShowsLate(ScriptedBroker):
+    listing_delay = 0.5
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_two_listings_that_must_have_it_prove_that_it_is_not_there(
+    tmp_path: Path, fails: bool
+) -> None:
+    """Both from when the broker shows its orders, the last from when it surely does."""
+    delay = ShowsLate.listing_delay
+    ended: list[float] = []
+    listed: list[float] = []  # seconds since the call's end, as they reached the broker
+
+    def place_order(**_: Any) -> Any:
+        ended.append(time.monotonic())
+        return LOST()
+
+    def recent_orders(**_: Any) -> list[OrderReport]:
+        since = time.monotonic() - ended[0] if ended else 0.0
+        if fails and delay <= since < 3 * delay:
+            raise TimedOut("Slow.")
+        listed.append(since)
+        return []
+
+    with stage(tmp_path, kind=ShowsLate, hard_limit=60.0) as on:
+        on.ready()
+        on.script.do |= {"place_order": place_order, "recent_orders": recent_orders}
+        unknown(on.trader().place(LIMIT_ORDER, key="k"))
+
+        def state() -> Answer:
+            if not fails:
+                on.script.brokers[-1].restored()  # which asks for a listing now
+            return on.trader().state(key="k")
+
+        until(state, "ORDER_NOT_FOUND")
+        counted = [since for since in listed if since >= delay]
+        assert len(counted) >= 2 and counted[-1] >= 3 * delay, listed
+
+
 def test_listings_prove_nothing_of_what_they_do_not_reach(
     on: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -366,6 +405,23 @@ def test_a_listing_that_began_before_the_order_proves_nothing(tmp_path: Path) ->
             early.set()
             later.set()
         until(lambda: trader.state(key="k"), "")
+
+
+def test_a_record_that_fails_late_ends_no_other_call_under_its_name(on: Stage) -> None:
+    """Both have the same mark: the journal knows of no earlier order."""
+    journal, settling = on.gateway._journal, on.gateway.instance(INSTANCE).settlement
+    begin, late = journal.begin, Future[Any]()
+    journal.begin = lambda *order: late
+    assert on.trader().place(LIMIT_ORDER, key="k", timeout=1).error["outcome"] == "none"
+    journal.begin = begin
+    with ThreadPoolExecutor(1) as pool:
+        with on.script.hold("place_order"):
+            sent = pool.submit(on.trader().place, LIMIT_ORDER, key="k", timeout=30)
+            on.script.arrived("place_order")
+            late.set_exception(Busy("The disk is full.", retry_after=5))
+            mark = on.script.calls("place_order")[0].arguments["mark"]
+            assert mark in settling._calls, "nobody may look for an order that is being sent"
+        assert sent.result(60).ok
 
 
 def test_an_order_that_begins_in_the_middle_of_a_look_is_not_missing_from_it(
@@ -1388,6 +1444,24 @@ def test_a_record_that_failed_is_no_order_on_its_way(on: Stage, is_there: bool) 
     unknown(trader.place(LIMIT_ORDER, key="k"))
     until(lambda: trader.state(key="k"), "ORDER_NOT_FOUND")
     assert len(on.script.calls("place_order")) == 1
+
+
+def test_an_outcome_that_the_journal_does_not_take_is_looked_for(on: Stage) -> None:
+    """The client is answered all the same."""
+    journal = on.gateway._journal
+    settle = journal.settle
+
+    def settling(row_id: int, outcome: Outcome, **options: Any) -> Any:
+        if outcome.state != PLACED:
+            return settle(row_id, outcome, **options)
+        failed: Future[Any] = Future()
+        failed.set_exception(Busy("The order journal does not take this."))
+        return failed
+
+    journal.settle = settling
+    order_id = on.trader().placed(LIMIT_ORDER, key="k")
+    assert until(lambda: on.trader().state(key="k"), "")["order"]["orderId"] == order_id
+    assert on.trader().place(LIMIT_ORDER, key="k").replayed
 
 
 def test_a_disk_that_hangs_holds_no_question_up(on: Stage) -> None:
