@@ -21,8 +21,9 @@ from acceptance.kit import Answer, Trader, in_time, wait_for
 from httptrading.brokers import gateway as gateway_module
 from httptrading.brokers import worker as worker_module
 from httptrading.brokers.base import OPERATIONS
+from httptrading.brokers.reads import ReadMemory
 from httptrading.brokers.registry import broker_register
-from httptrading.brokers.worker import BACK_OFF, Worker
+from httptrading.brokers.worker import BACK_OFF, Call, Worker
 from httptrading.errors import BrokerUnavailable, HttpTradingError, OutcomeUnknown, TimedOut
 from httptrading.model import Cash, Fill, Order, OrderReport
 from simulators.scripted import LIMIT_ORDER, Script, ScriptedBroker, Stage, stage
@@ -218,6 +219,63 @@ def test_reads_at_the_same_moment_make_one_call(tmp_path: Path) -> None:
             assert all(answer.ok for answer in answers)
             assert len(on.script.calls("cash")) == round_
             on.script.brokers[-1].stale()
+
+
+def begun_read() -> Call:
+    call = Call("cash", {}, float("inf"))
+    call.began = time.monotonic()
+    return call
+
+
+def test_a_read_that_came_too_late_to_share_takes_the_answer() -> None:
+    """It looked when there was none, and asks when the call has just ended."""
+    reads, call = ReadMemory({"cash": 600.0}), begun_read()
+    reads.join("cash", "key", False, lambda: call)
+    call.set_result(1)
+    joined = reads.join("cash", "key", False, lambda: pytest.fail("asked again"))
+    assert joined.call is call
+
+
+def test_only_the_last_reader_takes_the_call_out_of_the_queue() -> None:
+    """And nobody joins a call that is just being taken out."""
+    reads, call = ReadMemory({}), begun_read()
+    first, second = (reads.join("cash", "key", False, lambda: call) for _ in range(2))
+    assert [reads.leave(first), reads.leave(second)] == [False, True]
+    other = begun_read()
+    assert reads.join("cash", "key", False, lambda: other).call is other
+
+
+def test_the_call_that_began_last_is_shared_and_remembered() -> None:
+    """Whichever ends first; and one that began before a change is not remembered at all."""
+
+    def two_fresh(age: float) -> tuple[ReadMemory, Call, Call]:
+        reads, earlier, later = ReadMemory({"cash": age}), begun_read(), begun_read()
+        for call in (earlier, later):
+            reads.join("cash", "key", True, lambda call=call: call)
+        return reads, earlier, later
+
+    reads, earlier, later = two_fresh(600.0)
+    later.set_result(2)
+    earlier.set_result(1)
+    assert reads.answer("cash", "key") == (True, 2)
+    reads, earlier, later = two_fresh(0.0)
+    earlier.set_result(1)
+    joined = reads.join("cash", "key", False, lambda: pytest.fail("asked again"))
+    assert joined.call is later
+    reads, earlier, later = two_fresh(600.0)
+    reads.stale()
+    later.set_result(2)
+    assert reads.answer("cash", "key") == (False, None)
+
+
+def test_the_memory_has_an_end() -> None:
+    reads = ReadMemory({"cash": 600.0})
+    for key in range(3000):
+        call = begun_read()
+        reads.join("cash", key, False, lambda call=call: call)
+        call.set_result(key)
+    assert reads.answer("cash", 2999) == (True, 2999)
+    assert len(reads._answers) <= 1001
 
 
 class SlowAtFirst(ScriptedBroker):
