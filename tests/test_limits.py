@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from acceptance.kit import PATIENCE, wait_for
 from httptrading.brokers import limits
 from httptrading.brokers.base import Window
 from httptrading.brokers.limits import Windows, shared_windows
-from httptrading.brokers.worker import PRIORITIES
-from httptrading.errors import RateLimited
-from simulators.scripted import LIMIT_ORDER, ScriptedBroker, stage
+from httptrading.brokers.worker import PRIORITIES, Call
+from httptrading.errors import BrokerUnavailable, Busy, RateLimited, TimedOut
+from simulators.scripted import AAPL, LIMIT_ORDER, ScriptedBroker, stage
 
 CANCEL, ORDER, READ = (PRIORITIES.get(one, 3) for one in ("cancel_order", "place_order", "cash"))
 
@@ -444,6 +446,38 @@ def test_a_call_that_can_wait_waits(tmp_path: Any) -> None:
         assert all(trader.quote("US", "AAPL").ok for _ in range(3))
         times = [one.time for one in on.script.calls("quote")]
         assert times[2] - times[0] >= 1.0
+
+
+@pytest.mark.parametrize("way", ["withdrawn", "expired", "refused", "drained"])
+def test_a_call_that_leaves_the_queue_unrun_takes_no_slot(tmp_path: Any, way: str) -> None:
+    def unreachable() -> None:
+        raise BrokerUnavailable("XX is not reachable")
+
+    with stage(tmp_path, kind=LimitedBroker, hard_limit=60.0) as on, ThreadPoolExecutor() as pool:
+        on.ready()
+        instance = on.gateway.instance(on.brokers[0].instance_id)
+        worker = instance.worker("quote")
+        with on.script.hold("cash"):
+            hanging = pool.submit(on.trader().cash)
+            on.script.arrived("cash")
+            deadline = time.monotonic() + (0.1 if way == "expired" else 30.0)
+            call = worker.submit(Call("quote", {"contract": AAPL}, deadline))
+            match way:
+                case "withdrawn":
+                    assert worker.withdraw(call)
+                case "expired":
+                    wait_for(lambda: time.monotonic() > deadline, "the deadline")
+                case "refused":
+                    on.script.do["connect"] = unreachable
+                    on.script.brokers[-1].lost("The line was cut")
+                case "drained":
+                    worker.drain()
+        hanging.result()
+        if way != "withdrawn":
+            with pytest.raises((BrokerUnavailable, Busy, TimedOut)):
+                call.result(PATIENCE)
+        assert not on.script.calls("quote")
+        instance.windows.admit(["quotes"] * 2, priority=READ, patience=0.0)  # both are free
 
 
 def test_instances_with_the_same_credentials_share_their_windows(tmp_path: Any) -> None:
