@@ -68,7 +68,8 @@ def _quote(value: Any) -> Quote:
     _of(quote.is_tradable, bool, "is_tradable")
     for name in ("latest", "pre_close", "open_price", "high_price", "low_price"):
         _number(getattr(quote, name), name)
-    _of(quote.time, datetime, "time")
+    if not _is_moment(_of(quote.time, datetime, "time")):
+        raise NonsenseAnswer("a quote of no possible time")
     return quote
 
 

@@ -39,6 +39,7 @@ from httptrading.model import (
     Contract,
     Fill,
     Lifecycle,
+    MarketStatus,
     Order,
     OrderReport,
     OrderType,
@@ -46,6 +47,7 @@ from httptrading.model import (
     Quote,
     TimeInForce,
     TradeType,
+    UnifiedStatus,
     Unit,
 )
 from simulators.scripted import (
@@ -994,6 +996,12 @@ class SdkWord(enum.Enum):
     STOP = "STOP"
 
 
+class SdkText(str, enum.Enum):  # noqa: UP042
+    """Text, but printed as "SdkText.USD"."""
+
+    USD = "USD"
+
+
 NAN = math.nan
 ORDER = Order("1", "USD", 12)
 NONSENSE: dict[str, list[Any]] = {
@@ -1013,6 +1021,7 @@ NONSENSE: dict[str, list[Any]] = {
         Cash(None, 1),  # type: ignore[arg-type]
         Cash("USD", 1j),  # type: ignore[arg-type]
         Cash("US\ud800", 1),
+        Cash(SdkText.USD, 1),
     ],
     "positions": [
         None,
@@ -1023,15 +1032,25 @@ NONSENSE: dict[str, list[Any]] = {
         [Position("x", "x", AAPL, "Share", "USD", 1)],  # type: ignore[arg-type]
         [Position("x", "x", AAPL, Unit.Share, "USD", NAN)],
         [Position("x", "x", replace(AAPL, ticker="\ud800"), Unit.Share, "USD", 1)],
+        [Position("x", "x", replace(AAPL, region=None), Unit.Share, "USD", 1)],
+        [Position("x", "x", replace(AAPL, trade_type="Securities"), Unit.Share, "USD", 1)],
+        [Position(None, "x", AAPL, Unit.Share, "USD", 1)],  # type: ignore[arg-type]
+        [Position("x", None, AAPL, Unit.Share, "USD", 1)],  # type: ignore[arg-type]
+        [Position("x", "x", AAPL, Unit.Share, None, 1)],  # type: ignore[arg-type]
         iter([]),
     ],
     "quote": [
         None,
         11.53,
+        Quote(AAPL, None, True, 1, 1, 1, 1, 1, QUOTE_TIME),  # type: ignore[arg-type]
         Quote(AAPL, "USD", True, NAN, 1, 1, 1, 1, QUOTE_TIME),
+        Quote(AAPL, "USD", True, 1, NAN, 1, 1, 1, QUOTE_TIME),
+        Quote(AAPL, "USD", True, 1, 1, NAN, 1, 1, QUOTE_TIME),
+        Quote(AAPL, "USD", True, 1, 1, 1, NAN, 1, QUOTE_TIME),
         Quote(AAPL, "USD", True, 1, 1, 1, 1, None, QUOTE_TIME),  # type: ignore[arg-type]
         Quote(AAPL, "USD", "yes", 1, 1, 1, 1, 1, QUOTE_TIME),  # type: ignore[arg-type]
         Quote(AAPL, "USD", True, 1, 1, 1, 1, 1, 1748409918),  # type: ignore[arg-type]
+        Quote(AAPL, "USD", True, 1, 1, 1, 1, 1, datetime.min),
         Quote("AAPL", "USD", True, 1, 1, 1, 1, 1, QUOTE_TIME),  # type: ignore[arg-type]
     ],
     "order": [
@@ -1039,17 +1058,24 @@ NONSENSE: dict[str, list[Any]] = {
         {},
         OrderReport(None),  # type: ignore[arg-type]
         Order(None, "USD", 12),  # type: ignore[arg-type]
+        Order("", "USD", 12),
+        Order(" ", "USD", 12),
+        Order(0, "USD", 12),  # type: ignore[arg-type]
         Order("404404", "USD", NAN),
         Order("404404", "USD", 12, math.inf),
         Order("404404", "USD", 12, 0, Decimal("-Infinity")),
         Order("404404", "USD", 12, is_canceled="no"),  # type: ignore[arg-type]
+        Order("404404", "USD", 12, is_pending_cancel="no"),  # type: ignore[arg-type]
         Order("404404", "USD", 12, error_reason=ValueError(SECRET)),  # type: ignore[arg-type]
     ],
     "fills": [
         None,
         [None],
         [Fill("1", "404404", NAN, 1, QUOTE_TIME)],
+        [Fill("1", "404404", 1, NAN, QUOTE_TIME)],
         [Fill(None, "404404", 1, 1, QUOTE_TIME)],  # type: ignore[arg-type]
+        [Fill("1", None, 1, 1, QUOTE_TIME)],  # type: ignore[arg-type]
+        [Fill("1", "404404", 1, 1, 1748409918)],  # type: ignore[arg-type]
         [Fill("1", "404404", 1, 1, datetime.min)],
     ],
     "recent_orders": [
@@ -1057,7 +1083,10 @@ NONSENSE: dict[str, list[Any]] = {
         [ORDER],
         {},
         [OrderReport(Order("1", "USD", NAN))],
+        [OrderReport(ORDER, mark=None)],  # type: ignore[arg-type]
+        [OrderReport(ORDER, contract="AAPL")],  # type: ignore[arg-type]
         [OrderReport(ORDER, price=NAN)],
+        [OrderReport(ORDER, time=1748409918)],  # type: ignore[arg-type]
         [OrderReport(ORDER, direction=SdkWord.STOP)],  # type: ignore[arg-type]
         [OrderReport(ORDER, direction="BUY\ud800")],
         [OrderReport(Order("1", "\ud800", 12))],
@@ -1138,7 +1167,7 @@ def test_a_bug_of_ours_does_not_say_that_nothing_was_sent(
 
 
 @pytest.mark.parametrize(
-    "order_id", [None, "", 0, "0", True, [], {}, 1.5, b"1", object(), "\ud83d1"]
+    "order_id", [None, "", " ", 0, "0", True, [], {}, 1.5, b"1", object(), "\ud83d1"]
 )
 def test_a_place_without_an_order_id_is_unknown(on: Stage, order_id: Any) -> None:
     on.script.do["place_order"] = lambda **arguments: order_id
@@ -1151,6 +1180,28 @@ def test_numbers_where_texts_belong_are_forgiven(on: Stage) -> None:
     assert place(on)["orderId"] == "4711"
     on.script.do["order"] = lambda order_id: Order(4711, "USD", 12)  # type: ignore[arg-type]
     assert on.trader().order("4711")["orderId"] == "4711"
+
+
+def test_what_is_forgiven_leaves_as_documented() -> None:
+    """Neither the journal nor a client comes upon an id that is not text, or half a character."""
+    number = Order(4711, "USD", 12)  # type: ignore[arg-type]
+    failed = replace(ORDER, error_reason="\ud83d1")
+    unread = replace(ORDER, error_reason=None)  # type: ignore[arg-type]
+    text = Order("4711", "USD", 12)
+    assert [checked("order", one) for one in (number, failed, unread)] == [
+        text,
+        replace(ORDER, error_reason="?1"),
+        ORDER,
+    ]
+    unnamed = OrderReport(replace(ORDER, order_id=""), mark="ours")
+    told = (OrderReport(number), OrderReport(ORDER, mark="\ud83d1"), unnamed)
+    assert checked("recent_orders", told) == [
+        OrderReport(text),
+        OrderReport(ORDER, mark="?1"),
+        unnamed,  # left out it would count as not placed
+    ]
+    fill = Fill("1", "2", 1, 200, QUOTE_TIME)
+    assert checked("fills", [replace(fill, fill_id=1, order_id=2)]) == [fill]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -1229,9 +1280,26 @@ def test_any_retry_after(on: Stage, given: Any, told: str) -> None:
 def test_market_states_of_the_wrong_kind(tmp_path: Any) -> None:
     with stage(tmp_path) as running:
         running.ready()
-        for value in (None, [], {"securities": {"US": "OPEN"}}, {"securities": {1: None}}):
+        state: Any = MarketStatus("US", "OPEN", UnifiedStatus.RTH)
+        for value in (
+            None,
+            [],
+            {None: {"US": state}},
+            *(
+                {"securities": states}
+                for states in (
+                    {"US": "OPEN"},
+                    {1: state},
+                    {"US": replace(state, region=1)},
+                    {"US": replace(state, origin_status=1)},
+                    {"US": replace(state, unified_status="RTH")},
+                )
+            ),
+        ):
             running.script.do["market_status"] = lambda value=value: value
-            check_error(running.trader().market(), 500, "INTERNAL")
+            answer = running.trader().market()
+            check_error(answer, 500, "INTERNAL")
+            assert "market_status" in answer["ex"], value
         running.script.do["market_status"] = lambda: {"securities": {}, "type": "x"}
         assert running.trader().market()["marketStatus"] == {
             "type": "marketStatusMap",
