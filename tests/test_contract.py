@@ -1057,6 +1057,7 @@ NONSENSE: dict[str, list[Any]] = {
         None,
         {},
         OrderReport(None),  # type: ignore[arg-type]
+        OrderReport(ORDER, price=NAN),
         Order(None, "USD", 12),  # type: ignore[arg-type]
         Order("", "USD", 12),
         Order(" ", "USD", 12),

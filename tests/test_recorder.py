@@ -14,6 +14,8 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import DataError, OperationalError
 
+from acceptance.kit import wait_for
+from httptrading.brokers import recorder as recorder_module
 from httptrading.brokers.journal import Journal
 from httptrading.brokers.recorder import Recorder
 from httptrading.errors import Busy
@@ -103,10 +105,13 @@ def test_an_odd_push_takes_no_other_with_it(journal: Broken, recorder: Recorder)
     journal._database._commits.post(lambda connection: gate.wait(PATIENCE))
     push(recorder, "before")
     odd = push(recorder, "odd")
+    ended, dropped = threading.Event(), threading.Event()
+    recorder.outcome(ID, lambda: None, ended.set, dropped.set)
     after = push(recorder, "after")
     gate.set()
     assert after.wait(PATIENCE)
     assert known(journal) == {"before", "after"} and not odd.is_set()
+    assert ended.is_set() and not dropped.is_set()
 
 
 def test_accounts_whose_pushes_come_together_keep_their_own(journal: Broken) -> None:
@@ -123,20 +128,63 @@ def test_accounts_whose_pushes_come_together_keep_their_own(journal: Broken) -> 
 
 
 def test_an_outcome_that_cannot_be_recorded_is_looked_for(recorder: Recorder) -> None:
+    tries: list[str] = []
+
     def write() -> None:
+        tries.append("")
         raise ValueError("no text for this database")
 
     ended, dropped = threading.Event(), threading.Event()
     recorder.outcome(ID, write, ended.set, dropped.set)
     assert dropped.wait(PATIENCE) and not ended.is_set()
+    assert len(tries) == 1
+
+
+class Counted(Recorder):
+    """It remembers how much it wrote at a time."""
+
+    def __init__(self, journal: Journal) -> None:
+        super().__init__(journal)
+        self.sizes: list[int] = []
+
+    def _record(self, mine: list[Any]) -> None:
+        self.sizes.append(len(mine))
+        super()._record(mine)
+
+
+def test_what_comes_soon_after_is_written_with_it(
+    journal: Broken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder_module, "GATHER", 10 * PATIENCE)
+    recorder = Counted(journal)
+    recorder.start()
+    first = push(recorder, "1")
+    wait_for(recorder._queue.empty, "the first to be taken up")
+    second = push(recorder, "2")
+    recorder.stop(PATIENCE)  # which it does not wait out
+    assert first.is_set() and second.is_set() and recorder.sizes == [2]
+
+
+def test_too_many_pushes_are_dropped_but_no_outcome(
+    journal: Broken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder_module, "MOST_WAITING", 2)
+    recorder, ended = Recorder(journal), threading.Event()
+    for number in range(4):
+        push(recorder, str(number))
+    recorder.outcome(ID, lambda: None, ended.set, lambda: None)
+    recorder.start()
+    recorder.stop(PATIENCE)
+    assert known(journal) == {"0", "1"} and ended.is_set()
 
 
 def test_the_end_writes_what_has_come(journal: Broken) -> None:
-    recorder = Recorder(journal)
+    recorder = Counted(journal)
     told = [push(recorder, str(number)) for number in range(1200)]
     recorder.start()
     recorder.stop(PATIENCE)
     assert all(written.is_set() for written in told)
+    assert recorder.sizes == [500, 500, 200]
 
 
 def test_the_end_does_not_wait_for_a_stuck_journal(journal: Broken) -> None:
