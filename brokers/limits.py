@@ -49,7 +49,7 @@ class _Slots:
         self._forget(now)
         wait = 0.0
         if gaps and window.gap:
-            wait = max(0.0, self.last + window.gap * (ahead + 1) - now)
+            wait = self.last + window.gap * (ahead + 1) - now
         usable = window.usable(priority)
         # Those ahead fill the window again and again before it is this call's turn.
         rounds, ahead = divmod(ahead, usable)
@@ -85,8 +85,7 @@ class _Slots:
         except (OSError, ValueError, OverflowError):  # nothing, or nothing of ours
             return
         now = time.monotonic()
-        ends = sorted(now - age for age in ages if age < self.window.seconds)
-        self._ends.extend(ends)
+        self._ends.extend(now - age for age in ages)  # the oldest first, as they were noted
 
     def note(self) -> None:
         """What was written outlives the process, killed or not. A machine that has lost it by a
@@ -108,7 +107,7 @@ class _Slots:
 
     def left(self) -> int:
         self._forget(time.monotonic())
-        return max(0, self.window.limit - len(self._ends) - self.running)
+        return self.window.limit - len(self._ends) - self.running
 
     def _forget(self, now: float) -> None:
         while self._ends and self._ends[0] + self.window.seconds <= now:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
+import os
 import time
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,6 +184,17 @@ def test_the_last_slots_are_kept_for_cancels_and_those_before_for_orders() -> No
         windows.take("w", priority=CANCEL)
 
 
+def test_a_slot_beside_the_queue_is_of_the_rank_of_its_call() -> None:
+    """But what is kept for cancellations is for nothing beside them."""
+    with_clock()
+    windows = Windows({"w": Window(3, 30.0, kept=1, kept_for_orders=1)})
+    for priority, beyond in ((READ, READ), (ORDER, CANCEL)):
+        windows.take("w", priority=priority)
+        with pytest.raises(RateLimited):
+            windows.take("w", priority=beyond)
+    assert windows.state()["w"].left == 1
+
+
 @pytest.mark.parametrize("priority", [0, 1])
 def test_queued_reads_do_not_stand_before_an_order_and_a_cancel(priority: int) -> None:
     with_clock()
@@ -196,7 +210,7 @@ def test_queued_reads_do_not_stand_before_an_order_and_a_cancel(priority: int) -
     limit=st.integers(1, 5),
     kept=st.integers(0, 2),
     queued=st.integers(0, 17),
-    spacing=st.lists(st.floats(0, 1), min_size=5, max_size=5),
+    spacing=st.lists(st.floats(0, 1), min_size=6, max_size=6),
 )
 def test_retry_after_is_true(limit: int, kept: int, queued: int, spacing: list[float]) -> None:
     """Who comes again after the told time finds a slot, and not one that was free long before."""
@@ -214,6 +228,7 @@ def test_retry_after_is_true(limit: int, kept: int, queued: int, spacing: list[f
         clock.now += pause
         windows.admit(["w"], priority=READ, patience=0.0)
         send()
+    clock.now += spacing[-1]
     for _ in range(queued):
         windows.admit(["w"], priority=READ, patience=1e9)
     asked = clock.now
@@ -225,6 +240,25 @@ def test_retry_after_is_true(limit: int, kept: int, queued: int, spacing: list[f
         send()
     windows.admit(["w"], priority=READ, patience=1e9)
     assert send() == pytest.approx(asked + told, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("window", "told"),
+    [(Window(2, 10.0), 10.0), (Window(9, 10.0, gap=2.0), 4.0), (Window(1, 10.0), 20.0)],
+    ids=["slots", "gap", "rounds"],
+)
+def test_those_queued_are_ahead_of_who_comes_after_them(window: Window, told: float) -> None:
+    """Also where nothing has been sent for long, but for the call that the gap is to."""
+    with_clock()
+    windows = Windows({"w": window})
+    if window.gap:
+        windows.take("w")
+        windows.end(["w"])
+    for _ in range(1 if window.gap else 2):
+        windows.admit(["w"], priority=READ, patience=1e9)
+    with pytest.raises(RateLimited) as refused:
+        windows.admit(["w"], priority=READ, patience=0.0)
+    assert refused.value.retry_after == pytest.approx(told)
 
 
 def test_a_withdrawn_call_gives_its_place_back() -> None:
@@ -276,10 +310,16 @@ def test_two_slots_of_one_window() -> None:
     windows.admit(twice, priority=READ, patience=0.0)
     assert windows.begin(twice, priority=READ) == 0.0
     windows.end(twice)
+    with pytest.raises(RateLimited):
+        windows.admit(twice, priority=READ, patience=9.9)
     windows.admit(twice, priority=READ, patience=12.0)
     assert windows.begin(twice, priority=READ) == pytest.approx(10.0)
     clock.now += 10.0
     assert windows.begin(twice, priority=READ) == 0.0
+    windows.end(twice)
+    with pytest.raises(RateLimited) as refused:
+        windows.admit(["w"], priority=READ, patience=0.0)
+    assert refused.value.retry_after == pytest.approx(6.0)
 
 
 def test_a_call_in_several_windows_waits_for_all() -> None:
@@ -383,9 +423,53 @@ def test_windows_without_a_place_for_notes(tmp_path: Path, monkeypatch: pytest.M
 def test_unreadable_notes_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     another_life(monkeypatch, tmp_path).note(["w"])
     (path,) = tmp_path.iterdir()
-    for content in (b"", b"odd", b"\xff" * 40, bytes(80)):
+    for content in (b"", b"odd", b"\xff" * 40, bytes(80), array("d", [0, math.inf]).tobytes()):
         path.write_bytes(content)
         assert left_of(another_life(monkeypatch, tmp_path)) == {"w": 9}, content
+    path.write_bytes(array("d", [1e12, 0]).tobytes())
+    assert left_of(another_life(monkeypatch, tmp_path)) == {"w": 0}
+
+
+def test_what_a_longer_note_left_behind_a_shorter_one_is_none_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = with_clock()
+    monkeypatch.setattr(clock, "time", time.time, raising=False)
+    windows = another_life(monkeypatch, tmp_path)
+    for pause in (10.0, 10.0, 3580.0):
+        windows.take("w")
+        windows.end(["w"])
+        windows.note(["w"])
+        clock.now += pause
+    assert left_of(windows) == {"w": 7}  # the first one is of long ago
+    windows.note(["w"])
+    assert left_of(another_life(monkeypatch, tmp_path)) == {"w": 7}
+
+
+def test_a_clock_that_was_set_back_makes_no_wait_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = another_life(monkeypatch, tmp_path, w=Window(1, 3600.0))
+    before.take("w")
+    before.end(["w"])
+    before.note(["w"])
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() - 86400)
+    with pytest.raises(RateLimited) as refused:
+        another_life(monkeypatch, tmp_path, w=Window(1, 3600.0)).take("w")
+    assert refused.value.retry_after == pytest.approx(3600.0, abs=60.0)
+
+
+def test_a_note_leaves_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lowest_free() -> int:
+        found = os.open(os.devnull, os.O_RDONLY)
+        os.close(found)
+        return found
+
+    windows = another_life(monkeypatch, tmp_path)
+    before = lowest_free()
+    windows.note(["w"])
+    assert lowest_free() == before
 
 
 # --- through the service ----------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -125,6 +126,20 @@ def test_accounts_whose_pushes_come_together_keep_their_own(journal: Broken) -> 
     assert (known(journal), known(journal, OTHER)) == ({"0", "2"}, {"1"})
     told = {(one, id_) for one in "012" for id_ in (ID, OTHER) if journal.fills(id_, one)}
     assert told == {("0", ID), ("1", OTHER), ("2", ID)}
+
+
+def test_an_old_push_is_not_taken_for_as_young_as_one_beside_it(journal: Broken) -> None:
+    """Or it would reopen what has ended since, as only a much later word of the broker does."""
+    recorder = Recorder(journal)
+    journal.record(ID, [OrderReport(Order("1", "USD", 10, is_canceled=True))])
+    push(recorder, "1")
+    later = (OrderReport(Order("2", "USD", 10)),)
+    recorder.reports(ID, later, time.time() + 1e6, lambda: None)
+    recorder.start()
+    recorder.stop(PATIENCE)
+    assert known(journal) == {"1", "2"}
+    row = journal.by_order_id(ID, "1")
+    assert row is not None and row.order.is_canceled
 
 
 def test_an_outcome_that_cannot_be_recorded_is_looked_for(recorder: Recorder) -> None:
