@@ -91,7 +91,6 @@ class ChildBroker:
         self._lifeline: int | None = None
         self._reply: asyncio.Future[tuple[str, Any]] | None = None
         self._broken = ""
-        self._killed = False
 
     @property
     def pid(self) -> int | None:
@@ -132,12 +131,8 @@ class ChildBroker:
             raise BrokerUnavailable(f"The child process for {display} ended")
         try:
             return await self._ask(("run", operation, dict(arguments), seconds), None)
-        except _ChildGone as error:
-            self._lose(str(error))
+        except _ChildGone:  # the lane finds that by `ended()`
             if operation in CHANGES:
-                if self._link is not None and not self._killed:
-                    # OutcomeUnknown alone does not say that there is no connection any more.
-                    self._link.lost(f"The child process for {display} ended")
                 raise OutcomeUnknown(
                     f"The child process for {display} ended before {display} had answered"
                 ) from None
@@ -159,7 +154,6 @@ class ChildBroker:
         self._end()
 
     def interrupt(self) -> None:
-        self._killed = True
         process = self._process
         if process is not None:
             process.kill()
@@ -270,7 +264,7 @@ class ChildBroker:
         self._broken = reason
         if self._reply is not None and not self._reply.done():
             self._reply.set_exception(_ChildGone(reason))
-        elif self._link is not None and not self._killed:
+        elif self._link is not None:
             self._link.lost(f"The child process for {self._prototype.broker_display}: {reason}")
         self._end()
 

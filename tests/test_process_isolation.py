@@ -27,6 +27,7 @@ from httptrading import InstanceSettings, create_app
 from httptrading.brokers import worker as worker_module
 from httptrading.brokers.process import ChildBroker, own_paths
 from httptrading.brokers.worker import Ended
+from httptrading.errors import BrokerUnavailable
 from simulators.isolated import IsolatedBroker
 
 ORDER: dict[str, Any] = {
@@ -148,6 +149,26 @@ def test_orders_errors_and_pushes_cross_the_pipe(on: Pair) -> None:
     trader.wait_order(order_id, isCanceled=True, isCompleted=True)
 
 
+def test_what_a_broker_tells_beside_its_answers_crosses_the_pipe(
+    on: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trader, instance, before = on.trader(), on.gateway.instance(IDS[0]), on.pid()
+    told: list[str] = []
+    with monkeypatch.context() as patch:
+        for name in ("on_stale", "on_fills", "on_restored"):
+            patch.setattr(instance, name, lambda *_, name=name: told.append(name))
+        assert trader.quote("US", "NEWS").ok
+        assert told == ["on_stale", "on_fills", "on_restored"]
+    assert trader.quote("US", "ONCE").ok
+    again = trader.quote("US", "ONCE")
+    assert (again.status, again.code) == (429, "RATE_LIMITED")
+    assert int(again.headers["Retry-After"]) > 3000
+    assert trader.ping()["pong"] is True
+    assert on.pid() == before
+    assert trader.quote("US", "LOST").ok
+    wait_for(lambda: trader.cash().ok and on.pid() != before, "a new child")
+
+
 def test_what_only_an_sdk_knows_leaves_the_child_as_pythons(on: Pair) -> None:
     before = on.pid()
     quote = on.trader().quote("US", "SDK")["quote"]
@@ -163,10 +184,10 @@ def test_what_a_library_cancels_does_not_end_the_child(on: Pair) -> None:
     assert on.pid() == before
 
 
-def test_the_child_has_no_tokens() -> None:
-    prototype = IsolatedBroker({"ledger": "x"}, IDS[0], [TOKENS[0]])
-    ChildBroker(prototype, "trade", Path("."), None)
-    assert prototype.tokens == [TOKENS[0]]  # the service still needs them
+def test_the_child_has_no_tokens(on: Pair) -> None:
+    """The service still needs them."""
+    assert on.trader().quote("US", "TOKENS")["quote"]["latest"] == 0
+    assert on.gateway.instance(IDS[0]).broker.tokens == [TOKENS[0]]
 
 
 # --- it goes wrong -------------------------------------------------------------------------------
@@ -512,6 +533,8 @@ def test_a_child_that_is_gone_when_it_is_asked(tmp_path: Path) -> None:
         psutil.Process(child.pid).wait(60)
         with pytest.raises(Ended):
             await child.run("cash", {}, 60.0)
+        with pytest.raises(BrokerUnavailable):  # it was not sent, so not unknown
+            await child.run("place_order", {}, 60.0)
         await child.close()
         del child
         gc.collect()

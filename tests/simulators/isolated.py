@@ -20,10 +20,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
-from httptrading.brokers.base import OPERATIONS, BaseBroker
+from httptrading.brokers.base import OPERATIONS, BaseBroker, Window
 from httptrading.brokers.registry import broker_register
 from httptrading.errors import BrokerUnavailable, OrderNotFound, Rejected
-from httptrading.model import Cash, Contract, Order, OrderReport, Quote
+from httptrading.model import Cash, Contract, Fill, Order, OrderReport, Quote
 
 
 class NoFunds(Rejected):
@@ -40,6 +40,7 @@ class IsolatedBroker(BaseBroker):
     the book, and a quote of HELD waits for `.free`."""
 
     listing_delay = 0.1
+    windows = {"once": Window(1, 3600.0)}
     ages = {"quote": 0.0, "cash": 0.0}
 
     @property
@@ -56,10 +57,30 @@ class IsolatedBroker(BaseBroker):
             time.sleep(0.02)
         if contract.ticker == "SDK":
             return of_an_sdk(contract)
+        self._tell(contract.ticker)
         misbehave(contract.ticker)
-        value = {"PID": os.getpid(), "PARENT": os.getppid(), "MINOR": sys.version_info.minor}
+        value = {
+            "PID": os.getpid(),
+            "PARENT": os.getppid(),
+            "MINOR": sys.version_info.minor,
+            "TOKENS": len(self.tokens),
+        }
         price = value.get(contract.ticker, 1)
         return Quote(contract, "USD", True, price, 1, 1, 1, 1, datetime.now(UTC))
+
+    def _tell(self, ticker: str) -> None:
+        match ticker:
+            case "NEWS":
+                self.stale()
+                self.report_fills(Fill("f1", "1000", 1, 12, datetime.now(UTC)))
+                self.restored()
+            case "LOST":
+                self.lost("The line was cut")
+            case "ONCE":
+                self.take("once")
+
+    def ping(self) -> object:  # type: ignore[override]
+        return threading.Lock()  # an SDK's answer to it
 
     def cash(self) -> Cash:  # type: ignore[override]
         return Cash("USD", 1)
