@@ -417,6 +417,7 @@ class Instance:
         are those of others when they cannot be listed and only what the journal knows is left.
         """
         self._check_writable()
+        self.worker("cancel_order")  # Unsupported where there is none, whatever is open
         answers: list[tuple[str, HttpTradingError | None]] = []
         orders, unlisted = self._open_orders(deadline)
         for order in orders:

@@ -403,3 +403,18 @@ def test_the_documents_sample_as_it_stands(tmp_path: Path) -> None:
             trader.cancel("1"),
         ):
             assert (answer.status, answer.code) == (422, "UNSUPPORTED"), answer
+
+
+def test_a_broker_that_cannot_cancel_says_so_of_all_orders_too(tmp_path: Path) -> None:
+    """No orders in the answer would mean that none is open."""
+
+    @broker_register("onlyCash", "只有资金")
+    class OnlyCash(BaseBroker):
+        def cash(self) -> Cash:  # type: ignore[override]
+            return Cash("USD", 1)
+
+    with Subject(OnlyCash(), tmp_path) as subject:
+        trader = subject.trader()
+        assert trader.cash().ok
+        for answer in (trader.cancel("1"), trader.post("order/cancel-all", {})):
+            assert (answer.status, answer.code) == (422, "UNSUPPORTED"), answer
