@@ -218,7 +218,12 @@ def _plain_nodes() -> Json:
         {
             "code": {"type": "string", "enum": list(ERRORS)},
             "retryable": _BOOLEAN,
-            "outcome": {"type": "string", "enum": ["none", "unknown"]},
+            "outcome": {
+                "type": "string",
+                "enum": ["none", "unknown"],
+                "description": "none: this request sent nothing; an earlier one with the same "
+                "clientOrderId may have.",
+            },
             "fields": {
                 "type": "object",
                 "additionalProperties": {"type": "array", "items": _STRING},
