@@ -46,7 +46,7 @@ def on(tmp_path: Path) -> Iterator[Stage]:
 
 
 def raising(error: BaseException) -> Callable[..., Any]:
-    def operation(**_: Any) -> Any:
+    def operation(*_: Any, **__: Any) -> Any:
         raise error
 
     return operation
@@ -349,6 +349,30 @@ def test_one_whose_time_is_up_leaves_the_others_the_answer(on: Stage) -> None:
             first.result(60)
         assert second.result(60).ok
     assert len(on.script.calls("place_order")) == 1
+
+
+def test_one_whose_time_is_up_leaves_the_first_its_place(on: Stage) -> None:
+    """Two requests under one name: the second gives up while the first one's order is queued."""
+    placing = on.gateway.instance(on.brokers[0].instance_id)._placing
+    with ThreadPoolExecutor(2) as pool:
+        with on.script.hold("place_order"):
+            sent = pool.submit(on.trader().place, LIMIT_ORDER, key="sent", timeout=30)
+            on.script.arrived("place_order")
+            first = pool.submit(on.trader().place, LIMIT_ORDER, key="k", timeout=30)
+            wait_for(lambda: "k" in placing._in_flight, "the first request")
+            second = on.trader().place(LIMIT_ORDER, key="k", timeout=1)
+            assert (second.status, second.code) == (504, "OUTCOME_UNKNOWN"), second
+        assert sent.result(60).ok and first.result(60).ok
+
+
+def test_a_bug_of_ours_does_not_use_the_name_up(on: Stage) -> None:
+    trader = on.trader()
+    journal = on.gateway._journal
+    look_up = journal.by_client_order_id
+    journal.by_client_order_id = raising(ZeroDivisionError())
+    assert trader.place(LIMIT_ORDER, key="k").code == "INTERNAL"
+    journal.by_client_order_id = look_up
+    assert trader.place(LIMIT_ORDER, key="k").ok
 
 
 class Limited(ScriptedBroker):

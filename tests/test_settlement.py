@@ -220,36 +220,45 @@ class ShowsLate(ScriptedBroker):
     listing_delay = 0.5
 
 
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(
+    ("fails", "takes", "booked_within"),
+    [(False, 0.0, 0.0), (True, 0.0, 0.0), (False, 1.6, 0.0), (False, 0.0, 1.0)],
+)
 def test_two_listings_that_must_have_it_prove_that_it_is_not_there(
-    tmp_path: Path, fails: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: bool,
+    takes: float,
+    booked_within: float,
 ) -> None:
     """Both from when the broker shows its orders, the last from when it surely does."""
     delay = ShowsLate.listing_delay
-    ended: list[float] = []
-    listed: list[float] = []  # seconds since the call's end, as they reached the broker
+    monkeypatch.setattr(ShowsLate, "booked_within", booked_within)
+    over: list[float] = []
+    listed: list[float] = []  # seconds since the call was over, as they reached the broker
 
     def place_order(**_: Any) -> Any:
-        ended.append(time.monotonic())
+        time.sleep(takes)
+        over.append(max(time.monotonic(), began + booked_within))
         return LOST()
 
     def recent_orders(**_: Any) -> list[OrderReport]:
-        since = time.monotonic() - ended[0] if ended else 0.0
+        since = time.monotonic() - over[0] if over else 0.0
         if fails and delay <= since < 3 * delay:
             raise TimedOut("Slow.")
         listed.append(since)
         return []
 
+    def state() -> Answer:
+        if not fails:
+            on.script.brokers[-1].restored()  # which asks for a listing now
+        return on.trader().state(key="k")
+
     with stage(tmp_path, kind=ShowsLate, hard_limit=60.0) as on:
         on.ready()
         on.script.do |= {"place_order": place_order, "recent_orders": recent_orders}
+        began = time.monotonic()
         unknown(on.trader().place(LIMIT_ORDER, key="k"))
-
-        def state() -> Answer:
-            if not fails:
-                on.script.brokers[-1].restored()  # which asks for a listing now
-            return on.trader().state(key="k")
-
         until(state, "ORDER_NOT_FOUND")
         counted = [since for since in listed if since >= delay]
         assert len(counted) >= 2 and counted[-1] >= 3 * delay, listed
@@ -1462,6 +1471,31 @@ def test_an_outcome_that_the_journal_does_not_take_is_looked_for(on: Stage) -> N
     order_id = on.trader().placed(LIMIT_ORDER, key="k")
     assert until(lambda: on.trader().state(key="k"), "")["order"]["orderId"] == order_id
     assert on.trader().place(LIMIT_ORDER, key="k").replayed
+
+
+def test_without_a_listing_a_repetition_waits_for_the_outcome_to_be_written(tmp_path: Path) -> None:
+    """There is nothing else that it could be learned from."""
+    with stage(tmp_path, kind=NoListing) as on, ThreadPoolExecutor(1) as pool:
+        trader = on.trader()
+        until(trader.cash, "")
+        journal = on.gateway._journal
+        settle, free = journal.settle, threading.Event()
+        attempts: list[Any] = []
+
+        def settling(*outcome: Any, **options: Any) -> Any:
+            attempts.append(outcome)
+            if free.is_set():
+                return settle(*outcome, **options)
+            failed: Future[Any] = Future()
+            failed.set_exception(Busy("The disk is full.", retry_after=5))
+            return failed
+
+        journal.settle = settling
+        order_id = trader.placed(LIMIT_ORDER, key="k")
+        again = pool.submit(on.trader().place, LIMIT_ORDER, key="k", timeout=30)
+        wait_for(lambda: len(attempts) >= 3 or again.done(), "the recorder to try again")
+        free.set()
+        assert again.result(60).replayed and again.result()["orderId"] == order_id
 
 
 def test_a_disk_that_hangs_holds_no_question_up(on: Stage) -> None:
