@@ -202,7 +202,7 @@ class Settlement:
         over = self._born
         if row.state == UNKNOWN:
             age = (datetime.now(UTC) - row.updated).total_seconds()
-            over = min(over, time.monotonic() - max(0.0, age))
+            over = min(over, time.monotonic() - age)
         return over + self._instance.broker.booked_within
 
     def _wait(self) -> bool:

@@ -30,7 +30,7 @@ from httptrading.errors import (
     Unsupported,
 )
 from httptrading.model import Lifecycle, OrderType, TimeInForce
-from simulators.scripted import AAPL, LIMIT_ORDER, ScriptedBroker, Stage, stage
+from simulators.scripted import AAPL, LIMIT_ORDER, Script, ScriptedBroker, Stage, stage
 
 REQUEST = OrderRequest(
     AAPL, OrderType.Limit, TimeInForce.DAY, Lifecycle.RTH, "BUY", 12, Decimal("200.01")
@@ -297,6 +297,27 @@ def test_a_queue_that_is_full_or_too_slow_does_not(tmp_path: Path) -> None:
             again = trader.place(LIMIT_ORDER, key=key)
             assert again.ok and not again.replayed, again
         assert len(on.script.calls("place_order")) == 4
+
+
+def test_a_connection_that_takes_too_long_does_not(tmp_path: Path) -> None:
+    made = threading.Event()
+
+    def slowly(script: Script) -> None:
+        script.do["connect"] = lambda: made.wait(300)
+
+    with stage(tmp_path, before=slowly) as on:
+        try:
+            answer = in_time(
+                lambda seconds: on.trader().place(LIMIT_ORDER, key="k", timeout=seconds),
+                lambda answer: answer.code != "BUSY",  # the disk was too slow to record it
+            )
+        finally:
+            made.set()
+        assert (answer.status, answer.code) == (503, "BROKER_UNAVAILABLE"), answer
+        assert answer.error["outcome"] == "none"
+        on.ready()
+        assert not on.trader().place(LIMIT_ORDER, key="k").replayed
+        assert len(on.script.calls("place_order")) == 1
 
 
 def test_one_whose_time_is_up_leaves_the_others_their_try(on: Stage) -> None:

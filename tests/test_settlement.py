@@ -216,6 +216,23 @@ def test_a_call_still_running_is_never_given_up(tmp_path: Path) -> None:
         assert len(on.script.calls("place_order")) == 1
 
 
+def test_one_whose_time_is_up_as_it_comes_to_be_sent_was_not_sent(on: Stage) -> None:
+    """That needs no settlement."""
+    on.script.do["recent_orders"] = raising(TimedOut("Slow."))
+    instance = on.gateway.instance(INSTANCE)
+    stale, deadline = instance.on_stale, time.monotonic() + 1.0
+
+    def late() -> None:
+        time.sleep(max(0.0, deadline - time.monotonic()))
+        stale()
+
+    instance.on_stale = late
+    with pytest.raises(HttpTradingError):
+        instance.place(REQUEST, "k", deadline)
+    until(lambda: on.trader().state(key="k"), "ORDER_NOT_FOUND")
+    assert on.script.calls("place_order") == []
+
+
 class ShowsLate(ScriptedBroker):
     listing_delay = 0.5
 
@@ -632,6 +649,39 @@ def test_a_push_settles(on: Stage) -> None:
     assert answer["order"]["orderId"] == pushed[0].order.order_id
 
 
+def test_a_push_that_comes_between_two_repetitions_answers_both(on: Stage) -> None:
+    """The second has not found the order yet and waits for the first, which then finds it."""
+    trader = on.trader()
+    on.script.do |= {
+        "place_order": accepting(on.script, LOST),
+        "recent_orders": raising(TimedOut("Slow.")),
+    }
+    unknown(trader.place(LIMIT_ORDER, key="k"))
+    placing, journal = on.gateway.instance(INSTANCE)._placing, on.gateway._journal
+    await_placement, look_up = placing._await_placement, journal.by_client_order_id
+    looking, waiting = threading.Event(), threading.Event()
+
+    def awaiting(*arguments: Any, **options: Any) -> Any:
+        waiting.set()
+        return await_placement(*arguments, **options)
+
+    def looking_up(*names: Any) -> Any:
+        if not looking.is_set():
+            looking.set()
+            waiting.wait(60)
+            on.script.brokers[-1].report(on.script.orders[0])
+            wait_for(lambda: look_up(*names).state == PLACED, "the push to be recorded")
+        return look_up(*names)
+
+    placing._await_placement, journal.by_client_order_id = awaiting, looking_up
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(on.trader().place, LIMIT_ORDER, key="k", timeout=30)
+        looking.wait(60)
+        second = trader.place(LIMIT_ORDER, key="k", timeout=30)
+        assert first.result(60).replayed and second.replayed
+    assert second.seconds < 20, "not its own 30 s"
+
+
 class NoListing(ScriptedBroker):
     recent_orders = BaseBroker.recent_orders  # type: ignore[assignment]
 
@@ -707,6 +757,27 @@ def test_the_time_since_a_crash_counts_over_restarts(tmp_path: Path) -> None:
         database.execute("UPDATE orders SET updated = updated - 3700")  # an hour later
     with stage(tmp_path, kind=BooksLate) as on:
         until(lambda: on.trader().state(key="lost"), "ORDER_NOT_FOUND")
+
+
+def test_a_call_of_before_was_not_over_before_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its row may be old: nobody knows how long it was being sent. (The journal was just too busy
+    for a note of that.)"""
+
+    class BooksLate(ScriptedBroker):
+        booked_within = 3600.0
+
+    path = tmp_path / "journal.sqlite"
+    with closing(Journal(f"sqlite:///{path}")) as journal:
+        journal.begin(INSTANCE, "lost", 1, REQUEST).result(60)
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE orders SET updated = updated - 3700")
+    monkeypatch.setattr(settlement.Settlement, "_note_calls_of_before", lambda self: None)
+    with stage(tmp_path, kind=BooksLate) as on:
+        on.ready()
+        on.script.arrived("recent_orders", 3)
+        unknown(on.trader().state(key="lost"), "lost")
 
 
 CRASH = """
@@ -857,6 +928,19 @@ def test_a_broker_that_is_down_is_not_asked_without_pause(on: Stage) -> None:
     del on.script.do["connect"], on.script.do["recent_orders"]
     trader = on.trader()
     until(lambda: trader.state(key="k"), "ORDER_NOT_FOUND")
+
+
+def test_a_broker_is_not_asked_for_one_list_right_after_the_other(tmp_path: Path) -> None:
+    class ShowsVeryLate(ScriptedBroker):
+        listing_delay = 3600.0
+
+    with stage(tmp_path, kind=ShowsVeryLate, hard_limit=60.0) as on:
+        on.ready()
+        before = len(on.script.calls("recent_orders"))
+        on.script.do["place_order"] = LOST
+        for _ in range(2):
+            unknown(on.trader().place(LIMIT_ORDER, key="k", timeout=1))
+        assert len(on.script.calls("recent_orders")) == before
 
 
 def test_what_happened_while_away_is_looked_up(on: Stage) -> None:
@@ -1378,6 +1462,30 @@ def test_a_journal_that_cannot_even_be_read(on: Stage, tmp_path: Path) -> None:
     path.rmdir()
     (tmp_path / "away").rename(path)
     assert trader.place(LIMIT_ORDER, key="first").replayed
+
+
+def test_a_journal_that_cannot_be_read_makes_nothing_unsent(on: Stage) -> None:
+    """Busy would say that there is no such order."""
+    journal = on.gateway._journal
+    looked_up: list[Any] = []
+
+    def unreadable(*names: Any) -> Any:
+        looked_up.append(names)
+        raise Busy("The order journal cannot be read.", retry_after=5)
+
+    with ThreadPoolExecutor(2) as pool, pytest.MonkeyPatch.context() as disk:
+        with on.script.hold("place_order"):
+            first = pool.submit(on.trader().place, LIMIT_ORDER, key="sent", timeout=30)
+            on.script.arrived("place_order")
+            disk.setattr(journal, "by_client_order_id", unreadable)
+            again = pool.submit(on.trader().place, LIMIT_ORDER, key="sent", timeout=30)
+            wait_for(lambda: looked_up, "the repetition")
+        assert first.result(60).ok and again.result(60).ok
+        disk.undo()
+        on.script.do |= {"place_order": LOST, "recent_orders": raising(TimedOut("Slow."))}
+        unknown(on.trader().place(LIMIT_ORDER, key="k"))
+        disk.setattr(journal, "by_row_id", unreadable)
+        unknown(on.trader().place(LIMIT_ORDER, key="k"))
 
 
 def test_a_disk_that_hangs(on: Stage) -> None:
