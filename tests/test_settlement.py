@@ -623,6 +623,57 @@ def test_a_persons_own_order_beside_it_is_no_hindrance(on: Stage, changes: dict[
     until(lambda: trader.state(key="k"), "ORDER_NOT_FOUND")
 
 
+def test_an_order_that_is_listed_without_an_id_is_looked_for_until_it_has_one(on: Stage) -> None:
+    before = len(on.script.calls("recent_orders"))
+
+    def recent_orders(**_: Any) -> list[OrderReport]:
+        [there] = on.script.orders
+        late = len(on.script.calls("recent_orders")) > before + 4
+        return [there if late else replace(there, order=replace(there.order, order_id=""))]
+
+    on.script.do |= {
+        "place_order": accepting(on.script, LOST),
+        "recent_orders": recent_orders,
+    }
+    unknown(on.trader().place(LIMIT_ORDER, key="k"))
+    assert until(lambda: on.trader().state(key="k"), "")["order"]["orderId"] == "69788888"
+
+
+def test_a_listing_from_before_the_refusal_does_not_call_it_in_question(tmp_path: Path) -> None:
+    with stage(tmp_path, kind=TwoLines, hard_limit=60.0) as on, ThreadPoolExecutor(1) as pool:
+        on.ready()
+        refused, told = threading.Event(), threading.Event()
+
+        def refuse(**_: Any) -> Any:
+            refused.wait(300)
+            raise Rejected("No buying power.")
+
+        def recent_orders(**_: Any) -> list[OrderReport]:
+            listed = list(on.script.orders)
+            told.wait(300)
+            on.script.orders.clear()
+            return listed
+
+        on.script.do["place_order"] = accepting(on.script, refuse)
+        try:
+            answer = pool.submit(on.trader().place, LIMIT_ORDER, key="k")
+            wait_for(lambda: on.script.orders, "the order to be there for a moment")
+            on.script.do["recent_orders"] = recent_orders
+            before = len(on.script.calls("recent_orders"))
+            on.script.brokers[-1].restored()
+            on.script.arrived("recent_orders", before + 1)
+            refused.set()
+            assert answer.result(60).code == "BROKER_REJECTED"
+            told.set()
+            on.script.brokers[-1].restored()
+            on.script.arrived("recent_orders", before + 2)  # so the first has been recorded
+            node = on.trader().order(key="k")
+            assert (node["errorReason"], node["isCompleted"]) == ("No buying power.", True)
+        finally:
+            refused.set()
+            told.set()
+
+
 def test_an_earlier_order_of_the_same_content_is_no_hindrance(on: Stage) -> None:
     trader = on.trader()
     on.script.orders.append(OrderReport(Order("77", "USD", 12), contract=AAPL, direction="BUY"))
@@ -695,6 +746,7 @@ def test_without_a_listing_it_stays_unknown(tmp_path: Path) -> None:
         again = trader.place(LIMIT_ORDER, key="k", timeout=30)
         unknown(again)
         assert again.seconds < 20, "there is nothing to wait for"
+        assert on.gateway.instance(INSTANCE).settlement._look() is None, "nor to look for again"
         on.script.brokers[-1].report(on.script.orders[0])
         until(lambda: trader.state(key="k"), "")
         assert len(on.script.calls("place_order")) == 1
@@ -944,13 +996,17 @@ def test_a_broker_is_not_asked_for_one_list_right_after_the_other(tmp_path: Path
 
 
 def test_what_happened_while_away_is_looked_up(on: Stage) -> None:
-    """Fills of an order that the listing does not show any more are asked for after a reconnect."""
+    """Fills of an order that the listing does not show any more are asked for after a reconnect,
+    even if the first listing fails."""
     trader = on.trader()
     order_id = trader.placed(LIMIT_ORDER)
     filled = replace(on.script.orders[0], order=Order(order_id, "USD", 12, 12, 200.5))
-    on.script.do["recent_orders"] = lambda **_: []
+    failing = iter([raising(TimedOut("Slow."))])
+    on.script.do["recent_orders"] = lambda **_: next(failing, list)()
     on.script.do["order"] = lambda **_: filled
+    before = len(on.script.calls("recent_orders"))
     on.script.brokers[-1].restored()
+    on.script.arrived("recent_orders", before + 1)
 
     def closed() -> Any:
         return trader.orders(status="closed")["orders"] or None
