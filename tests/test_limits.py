@@ -8,6 +8,7 @@ import os
 import time
 from array import array
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from httptrading.brokers.base import Window
 from httptrading.brokers.limits import Windows, shared_windows
 from httptrading.brokers.worker import PRIORITIES, Call
 from httptrading.errors import BrokerUnavailable, Busy, RateLimited, TimedOut
+from httptrading.model import Cash
 from simulators.scripted import AAPL, LIMIT_ORDER, ScriptedBroker, stage
 
 CANCEL, ORDER, READ = (PRIORITIES.get(one, 3) for one in ("cancel_order", "place_order", "cash"))
@@ -530,6 +532,92 @@ def test_a_call_that_can_wait_waits(tmp_path: Any) -> None:
         assert all(trader.quote("US", "AAPL").ok for _ in range(3))
         times = [one.time for one in on.script.calls("quote")]
         assert times[2] - times[0] >= 1.0
+
+
+def test_the_call_whose_slot_is_free_first_goes_first(tmp_path: Any) -> None:
+    class TwoWindows(ScriptedBroker):
+        windows = {"slow": Window(1, 25.0), "quick": Window(1, 0.5)}
+        costs = {"quote": ("slow",), "cash": ("quick",)}
+
+    with stage(tmp_path, kind=TwoWindows) as on, ThreadPoolExecutor() as pool:
+        on.ready()
+        assert on.trader().quote("US", "AAPL").ok and on.trader().cash().ok
+        late = pool.submit(on.trader().quote, "US", "AAPL")
+        (worker,) = on.gateway.instance(on.brokers[0].instance_id).workers.values()
+        wait_for(lambda: worker.queued() == 1, "the quote to be queued")
+        assert on.trader().cash().ok
+        assert len(on.script.calls("quote")) == 1
+        on.gateway.drain()
+        assert late.result().code == "BUSY"
+
+
+class BesideBroker(ScriptedBroker):
+    """What it does takes a slot beside its own."""
+
+    windows = {"own": Window(9, 3600.0), "extra": Window(9, 3600.0)}
+    costs = {"cash": ("own",)}
+
+    def cash(self) -> Cash:  # type: ignore[override]
+        self.take("extra")
+        return super().cash()
+
+    def place_order(self, **arguments: Any) -> str:  # type: ignore[override]
+        self.take("extra")
+        return super().place_order(**arguments)
+
+
+def test_every_slot_is_noted_before_it_is_used_and_afterwards(tmp_path: Path) -> None:
+    """Before: the process may be killed while the call runs."""
+
+    def noted() -> list[tuple[float, ...]]:
+        """Of each window how many were running, and how many had ended."""
+        notes = (tmp_path / "windows").iterdir()
+        return [tuple(array("d", note.read_bytes())[:2]) for note in notes]
+
+    with stage(tmp_path, kind=BesideBroker) as on:
+        on.ready()
+        seen: list[Any] = []
+        on.script.do["cash"] = lambda: seen.extend(noted()) or Cash("USD", 1)
+        assert on.trader().cash().ok
+        assert seen == [(1, 0), (1, 0)]
+        wait_for(lambda: noted() == [(0, 1), (0, 1)], "the notes after it")
+
+
+def test_slots_beside_an_operation(tmp_path: Path) -> None:
+    """They come back, are of the operation's rank, and keep no gap among themselves."""
+
+    class Short(BesideBroker):
+        windows = {"own": Window(9, 1.0), "extra": Window(1, 0.05)}
+
+    with stage(tmp_path / "short", kind=Short) as on:
+        on.ready()
+        for _ in range(3):
+            wait_for(lambda: on.trader().cash().ok, "a slot that comes back")
+
+        def beside() -> bool:
+            with suppress(RateLimited):
+                on.script.brokers[-1].take("extra")  # outside of any operation
+                return True
+            return False
+
+        for _ in range(3):
+            wait_for(beside, "a slot that comes back at once")
+
+    class ForOrders(BesideBroker):
+        windows = {"own": Window(9, 1.0), "extra": Window(2, 3600.0, kept_for_orders=1)}
+
+    with stage(tmp_path / "orders", kind=ForOrders) as on:
+        on.ready()
+        assert [on.trader().cash().status for _ in range(2)] == [200, 429]
+        assert on.trader().place(LIMIT_ORDER).ok
+
+    class Apart(BesideBroker):
+        windows = {"own": Window(9, 1.0), "extra": Window(9, 3600.0, gap=600.0)}
+
+    with stage(tmp_path / "apart", kind=Apart) as on:
+        on.ready()
+        on.script.do["cash"] = lambda: on.script.brokers[-1].take("extra") or Cash("USD", 1)
+        assert on.trader().cash().ok
 
 
 @pytest.mark.parametrize("way", ["withdrawn", "expired", "refused", "drained"])

@@ -437,6 +437,7 @@ def test_a_broker_that_is_down_from_the_start(tmp_path: Path) -> None:
         assert pinged.status == 200 and pinged["pong"] is False
         state = trader.get("instance/state")["state"]
         assert state["connections"][0]["connected"] is False
+        assert state["connections"][0]["reconnects"] == 0
         assert "not reachable" in state["connections"][0]["lastError"]
         assert on.trader(1).cash().ok
         script.do.clear()
