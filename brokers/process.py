@@ -139,8 +139,8 @@ class ChildBroker:
             raise Ended(f"The child process for {display} ended") from None
 
     def ended(self) -> str:
-        """A killed child is found here as well before its end of the pipe is."""
-        if self._broken or (self._process is not None and self._process.poll() is not None):
+        """A killed child is found here before its end of the pipe is; a broken one is killed."""
+        if self._process is not None and self._process.poll() is not None:
             return f"The child process for {self._prototype.broker_display} ended"
         return ""
 

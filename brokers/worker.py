@@ -642,8 +642,6 @@ class _Lane(threading.Thread):
             # comes before the next one: a connection that it has given up sends nothing more.
             await asyncio.sleep(0)
             return
-        if self._stopping or self._lost:
-            return
         with suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), wait)
 

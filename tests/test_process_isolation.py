@@ -7,6 +7,7 @@ import gc
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -531,6 +532,7 @@ def test_a_child_that_is_gone_when_it_is_asked(tmp_path: Path) -> None:
         await child.open(60.0)
         child.interrupt()
         psutil.Process(child.pid).wait(60)
+        assert child.ended()
         with pytest.raises(Ended):
             await child.run("cash", {}, 60.0)
         with pytest.raises(BrokerUnavailable):  # it was not sent, so not unknown
@@ -541,3 +543,44 @@ def test_a_child_that_is_gone_when_it_is_asked(tmp_path: Path) -> None:
 
     asyncio.run(ask())
     assert not unheard
+
+
+@pytest.mark.parametrize("python", [None, "/no/such/python"])
+def test_nothing_that_was_made_for_a_child_outlives_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, python: str | None
+) -> None:
+    prototype = IsolatedBroker({"ledger": str(tmp_path / "ledger")}, IDS[0], [TOKENS[0]])
+    made: list[int] = []
+    closed: list[int] = []
+    ends: list[socket.socket] = []
+    me, pipe, close, pair_of = threading.get_ident(), os.pipe, os.close, socket.socketpair
+
+    def record(kept: list[Any], *values: Any) -> None:
+        kept += values if threading.get_ident() == me else ()
+
+    def recorded_pipe() -> tuple[int, int]:
+        record(made, *(both := pipe()))
+        return both
+
+    def recorded_pair() -> Any:
+        record(ends, *(both := pair_of()))
+        return both
+
+    async def live() -> None:
+        monkeypatch.setattr(os, "pipe", recorded_pipe)
+        monkeypatch.setattr(os, "close", lambda one: (record(closed, one), close(one))[1])
+        monkeypatch.setattr(socket, "socketpair", recorded_pair)
+        child = ChildBroker(prototype, "trade", tmp_path, None, python)
+        if python is None:
+            await child.open(60.0)
+            assert child.pid is not None
+            assert os.getsid(child.pid) == child.pid  # Ctrl-C is not for it
+        else:
+            with pytest.raises(BrokerUnavailable):
+                await child.open(60.0)
+        await child.close()
+
+    asyncio.run(live())
+    assert len(made) >= 2 and set(made) <= set(closed)
+    assert len(ends) == 2 and all(one.fileno() == -1 for one in ends)
+    assert (tmp_path / "ledger.closed").exists() == (python is None)  # it took its leave

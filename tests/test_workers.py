@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from acceptance.kit import Answer, Trader, in_time, wait_for
+from acceptance.kit import PATIENCE, Answer, Trader, in_time, wait_for
 from httptrading.brokers import gateway as gateway_module
 from httptrading.brokers import worker as worker_module
-from httptrading.brokers.base import OPERATIONS
+from httptrading.brokers.base import OPERATIONS, Window
 from httptrading.brokers.reads import ReadMemory
 from httptrading.brokers.registry import broker_register
-from httptrading.brokers.worker import BACK_OFF, Call, Worker
+from httptrading.brokers.worker import BACK_OFF, Call, Worker, _Lane
 from httptrading.errors import BrokerUnavailable, HttpTradingError, OutcomeUnknown, TimedOut
 from httptrading.model import Cash, Fill, Order, OrderReport
 from simulators.scripted import LIMIT_ORDER, Script, ScriptedBroker, Stage, stage
@@ -478,10 +478,44 @@ def test_a_steady_connection_that_is_lost_is_made_again_at_once(
         for copies in range(1, 4):
             lose_quietly(on)
             wait_for(lambda copies=copies: len(on.script.brokers) > copies, "a connection at once")
+            lane = worker_of(on)._lane
+            assert lane is not None and lane._running_until is None  # that was for closing
         assert on.trader().cash().ok
         assert len(on.script.calls("close")) == 3  # every copy was closed
         state = on.trader().get("instance/state")["state"]["connections"][0]
         assert state["connected"] and state["reconnects"] == 3 and state["lastError"] == ""
+
+
+def test_a_copy_that_is_gone_says_nothing_of_the_next(on: Stage) -> None:
+    gone = on.script.brokers[-1]
+    lose(on)
+    gone.lost("The line was cut")
+    assert on.trader().cash().ok
+    assert len(on.script.brokers) == 2
+
+
+def test_memory_does_not_hide_that_the_broker_is_down(tmp_path: Path) -> None:
+    with stage(tmp_path, ages={"cash": 600.0}, hard_limit=UNHURRIED) as on:
+        on.ready()
+        assert from_memory(on.trader(), "cash/state").ok
+        on.script.do["connect"] = unreachable
+        lose_quietly(on)
+        wait_for(
+            lambda: from_memory(on.trader(), "cash/state").code == "BROKER_UNAVAILABLE", "a 503"
+        )
+
+
+def test_a_pause_ends_with_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "BACK_OFF", (600.0,))
+    with stage(tmp_path, hard_limit=UNHURRIED) as on:
+        on.ready()
+        on.script.do["connect"] = unreachable
+        lose_quietly(on)
+        lane = worker_of(on)._lane
+        assert lane is not None
+        wait_for(lambda: lane._pause, "the pause")
+        on.gateway.close()
+        wait_for(lambda: not lane.is_alive(), "the thread's end")
 
 
 def test_a_ping_while_pausing_tries_at_once(
@@ -574,6 +608,7 @@ def test_a_hung_broker_is_replaced_and_hurts_nobody(tmp_path: Path) -> None:
         with busy_worker(on, pool) as hanging:
             assert all(on.trader(1).cash().ok for _ in range(20))
             assert not hanging.done()  # the neighbour did not wait for it
+            assert not worker_of(on).is_stuck  # a question changes nothing
         assert hanging.result().ok
         with on.script.hold("place_order"):
             answer = in_time(
@@ -587,11 +622,13 @@ def test_a_hung_broker_is_replaced_and_hurts_nobody(tmp_path: Path) -> None:
             state = on.trader().get("instance/state")["state"]
             assert state["connections"][0]["replacements"] == 1
             assert state["unsettledOrders"] == 1
+            assert worker_of(on).is_stuck
         order = wait_for(
             lambda: (seen := on.trader().state(key="hung")).ok and seen, "the late result"
         )
         assert order["order"]["orderId"] == "69788888"
         assert on.trader().get("instance/state")["state"]["unsettledOrders"] == 0
+        wait_for(lambda: not worker_of(on).is_stuck, "the old thread's end")
 
 
 def test_a_connect_that_hangs_is_replaced(tmp_path: Path) -> None:
@@ -727,6 +764,164 @@ def test_an_order_that_hangs_gives_way_to_nothing_before_its_deadline(
         assert canceling.result().ok
 
 
+def test_a_replaced_thread_has_no_say(on: Stage) -> None:
+    """It may come back between two lines of its replacement."""
+    with clients() as pool, busy_worker(on, pool):
+        worker, replaced = worker_of(on), _Lane(worker_of(on), 0.0)
+        call = worker.submit(Call("positions", {}, time.monotonic() + 30))
+        assert worker.next_call(replaced) == (None, None)
+        worker.disconnected(replaced, "The line was cut", 600.0, failed=True)
+        assert worker.state.connected and not worker._pausing and not call.done()
+        worker._pausing, worker.state.connected = True, False
+        worker.connecting(replaced)
+        worker.connected(replaced)
+        assert worker._pausing and not worker.state.connected
+        worker._pausing, worker.state.connected = False, True
+        replaced.never_started()
+
+
+def test_a_call_that_is_not_ready_does_not_run(on: Stage) -> None:
+    worker = worker_of(on)
+    call = worker.submit(Call("cash", {}, time.monotonic() + 30, ready=False))
+    assert on.trader().positions().ok  # which came later
+    assert not on.script.calls("cash")
+    assert worker.release(call) and call.result(PATIENCE) == Cash("USD", 30877.499)
+    assert not worker.release(call)
+
+
+def test_what_is_held_up_right_before_it_is_sent_is_not_sent_late(tmp_path: Path) -> None:
+    """By a slow disk: neither after its deadline, nor by a thread that has been replaced."""
+    with stage(tmp_path, hard_limit=0.05) as on:
+        on.ready()
+        worker = worker_of(on)
+        deadline = time.monotonic() + 0.2
+        late = Call("cash", {}, deadline, begin=lambda: wait_for(past(deadline), "the deadline"))
+        with pytest.raises(TimedOut):
+            worker.submit(late).result(PATIENCE)
+        lane, gate = worker._lane, threading.Event()
+        assert lane is not None
+        held = Call("cash", {}, time.monotonic() + 600, begin=lambda: gate.wait(300) and None)
+        worker.submit(held)
+        wait_for(lambda: lane.current is held, "the call to begin")
+        until = lane._running_until
+        assert until is not None and until > held.deadline  # while its client waits
+        lane._running_until = time.monotonic()
+        wait_for(lambda: lane._given_up, "the thread to be replaced")
+        gate.set()
+        with pytest.raises(TimedOut):
+            held.result(PATIENCE)
+        assert not on.script.calls("cash")
+
+
+def past(moment: float) -> Callable[[], bool]:
+    return lambda: time.monotonic() > moment
+
+
+class Abortable(ScriptedBroker):
+    def abort(self) -> None:
+        self.script.run("abort", {})
+
+
+def test_replacing_what_is_stuck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is helped to end, which may hang as well; the second time there is a pause; not at all
+    when the service ends."""
+    monkeypatch.setattr(gateway_module, "SUPERVISION", 300.0)  # the test looks, nobody else
+    monkeypatch.setattr(worker_module, "BACK_OFF", (600.0,))
+    with stage(tmp_path, kind=Abortable, hard_limit=UNHURRIED) as on, clients() as pool:
+        on.ready()
+        worker, gate, ended = worker_of(on), threading.Event(), []
+        on.script.do["abort"] = lambda: ended.append(gate.wait(PATIENCE))
+
+        def replace_stuck() -> None:
+            asked = len(on.script.calls("cash"))
+            pool.submit(on.trader().cash, timeout=30)
+            on.script.arrived("cash", asked + 1)
+            assert worker._lane is not None
+            worker._lane._running_until = time.monotonic()
+            for _ in range(worker_module.STUCK_LOOKS):
+                worker.check()
+
+        with on.script.hold("cash"):
+            replace_stuck()
+            assert worker.state.replacements == 1 and not ended
+            on.script.arrived("abort")
+            assert on.trader().positions().ok
+            replace_stuck()
+            assert worker.state.replacements == 2
+            assert worker.state.last_error == "The broker does not answer"
+            assert on.trader().positions().code == "BROKER_UNAVAILABLE"
+            assert on.trader().ping()["pong"] is True  # which ends the pause
+            worker.drain()
+            lane = worker._lane
+            assert lane is not None
+            lane._running_until = time.monotonic()
+            for _ in range(worker_module.STUCK_LOOKS):
+                worker.check()
+            assert worker._lane is lane
+            gate.set()
+
+
+def test_a_thread_that_ended_or_hangs_beside_a_call_is_replaced(tmp_path: Path) -> None:
+    with stage(tmp_path, hard_limit=0.05) as on:
+        on.ready()
+        worker, gate = worker_of(on), threading.Event()
+        make, replaced = worker._make_backend, worker.state.replacements
+
+        def fails_once(link: Any) -> Any:
+            worker._make_backend = make
+            raise MemoryError
+
+        worker._make_backend = fails_once
+        lose_quietly(on)
+        wait_for(lambda: worker.state.replacements > replaced, "a fresh thread")
+        wait_for(lambda: on.trader().positions().ok, "the broker to be served")
+        recorded = Call(
+            "cash", {}, time.monotonic() + 30, finish=lambda *_: gate.wait(300) and None
+        )
+        worker.submit(recorded)
+        assert on.trader().positions(timeout=30).ok
+        assert not recorded.done()
+        gate.set()
+        assert recorded.result(PATIENCE) == Cash("USD", 30877.499)
+
+
+class Counting(ScriptedBroker):
+    windows = {"own": Window(2, 3600.0), "beside": Window(2, 3600.0)}
+    costs = {"cash": ("own",)}
+
+
+def test_what_is_asked_again_when_a_child_ends(tmp_path: Path) -> None:
+    """A read, once, if it had just begun, and the windows and the service let it."""
+    with stage(tmp_path, kind=Counting, hard_limit=UNHURRIED) as on, clients() as pool:
+        on.ready()
+        worker = worker_of(on)
+
+        def begun(operation: str = "cash", ago: float = 0.0) -> Call:
+            call = Call(operation, {}, time.monotonic() + 30)
+            call.began = time.monotonic() - ago
+            call.costs = ("own", "beside")
+            return call
+
+        with on.script.hold("positions"):
+            busy = pool.submit(on.trader().positions, timeout=30)
+            on.script.arrived("positions")
+            assert not worker.asks_again(begun("place_order"))
+            assert not worker.asks_again(begun(ago=worker_module.DYING_SECONDS + 0.01))
+            call = begun()
+            if worker.asks_again(call):  # else the machine stood still
+                assert call.began is None and call.costs == ("own",)
+                assert worker.withdraw(call)
+                call.began = time.monotonic()
+                assert not worker.asks_again(call)
+            for _ in range(2):
+                on.gateway.instance(on.brokers[0].instance_id).windows.take("own")
+            assert not worker.asks_again(begun())
+            assert worker.queued() == 0
+            worker.drain()
+            assert not worker.asks_again(begun("ping")) and worker.queued() == 0
+        assert busy.result().ok
+
+
 def test_only_so_many_threads_may_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "MOST_ABANDONED", 2)
     monkeypatch.setattr(worker_module, "BACK_OFF", (0.05,))
@@ -751,6 +946,7 @@ def test_only_so_many_threads_may_hang(tmp_path: Path, monkeypatch: pytest.Monke
             lanes = [one for one in threading.enumerate() if one.name.endswith(worker.name)]
             assert len(lanes) == 3
         wait_for(lambda: on.trader().cash().ok, "the broker to be served again")
+        wait_for(lambda: not worker._abandoned, "the old threads to be forgotten")
 
 
 @pytest.mark.parametrize(

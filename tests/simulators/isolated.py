@@ -37,7 +37,7 @@ class NoFunds(Rejected):
 @broker_register("isolated", "隔离证券")
 class IsolatedBroker(BaseBroker):
     """`broker_args["ledger"]`: the file that is the broker's order book. Beside it, `.down` closes
-    the book, and a quote of HELD waits for `.free`."""
+    the book, a quote of HELD waits for `.free`, and `.closed` tells that a connection was."""
 
     listing_delay = 0.1
     windows = {"once": Window(1, 3600.0)}
@@ -67,6 +67,9 @@ class IsolatedBroker(BaseBroker):
         }
         price = value.get(contract.ticker, 1)
         return Quote(contract, "USD", True, price, 1, 1, 1, 1, datetime.now(UTC))
+
+    def close(self) -> None:
+        Path(f"{self.ledger}.closed").touch()
 
     def _tell(self, ticker: str) -> None:
         match ticker:
