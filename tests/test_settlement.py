@@ -184,13 +184,16 @@ def test_a_listing_that_fails_proves_nothing(on: Stage, error: Exception) -> Non
     until(lambda: trader.state(key="k"), "")
 
 
+@pytest.mark.parametrize("filled", [0, 12])
 def test_a_listing_without_any_order_proves_nothing_when_there_are_some(
-    on: Stage, monkeypatch: pytest.MonkeyPatch
+    on: Stage, monkeypatch: pytest.MonkeyPatch, filled: int
 ) -> None:
     """Tiger leaves out the data of an answer that has none, and of one that is broken."""
     monkeypatch.setattr(settlement, "GROWTH", 1.0)
     trader = on.trader()
-    trader.placed(LIMIT_ORDER)
+    known = Order(trader.placed(LIMIT_ORDER), "USD", 12, filled, 200 if filled else 0)
+    on.script.orders[0] = replace(on.script.orders[0], order=known)
+    assert trader.orders()["orders"][0]["isFilled"] is bool(filled)
     on.script.do["recent_orders"] = lambda **_: []
     on.script.do["place_order"] = accepting(on.script, LOST)
     unknown(trader.place(LIMIT_ORDER, key="k"))
@@ -198,6 +201,18 @@ def test_a_listing_without_any_order_proves_nothing_when_there_are_some(
     unknown(trader.state(key="k"))
     del on.script.do["recent_orders"]
     until(lambda: trader.state(key="k"), "")
+
+
+def test_a_listing_without_any_order_need_not_have_one_from_before_it(
+    on: Stage, tmp_path: Path
+) -> None:
+    trader = on.trader()
+    trader.placed(LIMIT_ORDER)
+    with closing(sqlite3.connect(tmp_path / "journal.sqlite", timeout=30)) as database, database:
+        database.execute("UPDATE orders SET created = created - 2 * 86400")
+    on.script.do |= {"recent_orders": lambda **_: [], "place_order": LOST}
+    unknown(trader.place(LIMIT_ORDER, key="k"))
+    until(lambda: trader.state(key="k"), "ORDER_NOT_FOUND")
 
 
 def test_a_call_still_running_is_never_given_up(tmp_path: Path) -> None:
@@ -435,6 +450,51 @@ def test_a_listing_that_began_before_the_order_proves_nothing(tmp_path: Path) ->
             early.set()
             later.set()
         until(lambda: trader.state(key="k"), "")
+
+
+def test_a_call_that_ends_in_the_middle_of_a_look_is_over_from_then_on(tmp_path: Path) -> None:
+    """That look has not read its row, and does not forget its end."""
+
+    class ShowsLateBeside(TwoLines):
+        listing_delay = 0.5
+
+    with (
+        stage(tmp_path, kind=ShowsLateBeside, hard_limit=60.0) as on,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        on.ready()
+        lost, told = threading.Event(), threading.Event()
+        over: list[float] = []
+        listed: list[float] = []
+
+        def place_order(**_: Any) -> Any:
+            lost.wait(300)
+            over.append(time.monotonic())
+            return LOST()
+
+        def recent_orders(**_: Any) -> list[OrderReport]:
+            listed.append(time.monotonic())
+            told.wait(300)
+            return []
+
+        def state() -> Answer:
+            on.script.brokers[-1].restored()
+            return on.trader().state(key="k")
+
+        on.script.do["place_order"] = place_order
+        try:
+            sent = pool.submit(on.trader().place, LIMIT_ORDER, key="k")
+            on.script.arrived("place_order")
+            on.script.do["recent_orders"] = recent_orders
+            on.script.brokers[-1].restored()
+            wait_for(lambda: listed, "the look")
+            lost.set()
+            unknown(sent.result(60))
+        finally:
+            lost.set()
+            told.set()
+        until(state, "ORDER_NOT_FOUND")
+        assert listed[-1] - over[0] >= 3 * ShowsLateBeside.listing_delay, (over, listed)
 
 
 def test_a_record_that_fails_late_ends_no_other_call_under_its_name(on: Stage) -> None:
