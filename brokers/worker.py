@@ -676,7 +676,8 @@ class _Lane(threading.Thread):
             error = InternalError("An unexpected error; the log has the details")
         finally:
             self._worker.ended(call)
-            self._wake_sent = None  # those who came meanwhile are looked at next
+            if self._wake_sent is not None:
+                self._wake_sent = time.monotonic()  # who came meanwhile has waited for the call
             self._running_until = None
         try:
             if call.finish is not None:

@@ -475,13 +475,15 @@ def test_a_steady_connection_that_is_lost_is_made_again_at_once(
     monkeypatch.setattr(worker_module, "BACK_OFF", (600.0,))
     with stage(tmp_path, hard_limit=UNHURRIED) as on:
         on.ready()
+        lane, limits = worker_of(on)._lane, []
+        assert lane is not None
+        on.script.do["connect"] = lambda: limits.append(lane._running_until)
         for copies in range(1, 4):
             lose_quietly(on)
             wait_for(lambda copies=copies: len(on.script.brokers) > copies, "a connection at once")
-            lane = worker_of(on)._lane
-            assert lane is not None and lane._running_until is None  # that was for closing
         assert on.trader().cash().ok
         assert len(on.script.calls("close")) == 3  # every copy was closed
+        assert limits == [None] * 3  # that of closing is over
         state = on.trader().get("instance/state")["state"]["connections"][0]
         assert state["connected"] and state["reconnects"] == 3 and state["lastError"] == ""
 
@@ -628,7 +630,8 @@ def test_a_hung_broker_is_replaced_and_hurts_nobody(tmp_path: Path) -> None:
         )
         assert order["order"]["orderId"] == "69788888"
         assert on.trader().get("instance/state")["state"]["unsettledOrders"] == 0
-        wait_for(lambda: not worker_of(on).is_stuck, "the old thread's end")
+        assert on.trader().placed(LIMIT_ORDER)
+        wait_for(lambda: not worker_of(on).is_stuck, "the end of both threads' calls")
 
 
 def test_a_connect_that_hangs_is_replaced(tmp_path: Path) -> None:
@@ -875,11 +878,16 @@ def test_a_thread_that_ended_or_hangs_beside_a_call_is_replaced(tmp_path: Path) 
         lose_quietly(on)
         wait_for(lambda: worker.state.replacements > replaced, "a fresh thread")
         wait_for(lambda: on.trader().positions().ok, "the broker to be served")
+        waiting = Call("positions", {}, time.monotonic() + 300)
         recorded = Call(
-            "cash", {}, time.monotonic() + 30, finish=lambda *_: gate.wait(300) and None
+            "cash",
+            {},
+            time.monotonic() + 300,
+            begin=lambda: worker.submit(waiting) and None,  # it comes while the call runs
+            finish=lambda *_: gate.wait(300) and None,
         )
         worker.submit(recorded)
-        assert on.trader().positions(timeout=30).ok
+        assert waiting.result(PATIENCE)
         assert not recorded.done()
         gate.set()
         assert recorded.result(PATIENCE) == Cash("USD", 30877.499)
