@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -16,8 +18,10 @@ import time
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timezone
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import psutil
 import pytest
@@ -26,6 +30,7 @@ from flask import Flask
 from acceptance.kit import Trader, in_time, wait_for
 from httptrading import InstanceSettings, create_app
 from httptrading.brokers import worker as worker_module
+from httptrading.brokers.child import PICKLE_PROTOCOL, _PlainPickler
 from httptrading.brokers.process import ChildBroker, own_paths
 from httptrading.brokers.worker import Ended
 from httptrading.errors import BrokerUnavailable
@@ -175,6 +180,24 @@ def test_what_only_an_sdk_knows_leaves_the_child_as_pythons(on: Pair) -> None:
     quote = on.trader().quote("US", "SDK")["quote"]
     assert (quote["currency"], quote["latest"], quote["preClose"]) == ("USD", 12.25, 12)
     assert quote["timestamp"] == 1767294245600  # 03:04:05.6 in Hong Kong
+    assert on.pid() == before
+
+
+@pytest.mark.parametrize("base", [datetime, type("datetime", (datetime,), {})])
+@pytest.mark.parametrize("zone", [None, UTC, ZoneInfo("Asia/Hong_Kong")])
+def test_a_moment_leaves_the_child_as_pythons_own(base: Any, zone: Any) -> None:
+    """Without the SDK's class, and without the zone's, whose names not every machine has."""
+    moment, data = base(2026, 1, 2, 3, 4, 5, 600_000, zone), io.BytesIO()
+    _PlainPickler(data, PICKLE_PROTOCOL).dump(moment)
+    found = pickle.loads(data.getvalue())
+    assert type(found) is datetime and found == moment
+    assert found.tzinfo is None if zone is None else type(found.tzinfo) is timezone
+
+
+@pytest.mark.parametrize("ticker", ["LOCK", "LOCAL"])
+def test_an_answer_that_cannot_leave_the_child_does_not_end_it(on: Pair, ticker: str) -> None:
+    before = on.pid()
+    assert on.trader().quote("US", ticker).code == "INTERNAL"
     assert on.pid() == before
 
 
@@ -425,6 +448,8 @@ def test_a_child_does_not_outlive_a_killed_parent(tmp_path: Path, mode: str) -> 
         assert process.stdout is not None
         pid = int(process.stdout.readline())
         assert not gone(pid)
+        if mode == "hang":
+            wait_for((tmp_path / "ledger.silent").exists, "the child to fall silent")
         process.kill()
         wait_for(lambda: gone(pid), "the orphan's end")
 

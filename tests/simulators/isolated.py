@@ -37,7 +37,8 @@ class NoFunds(Rejected):
 @broker_register("isolated", "隔离证券")
 class IsolatedBroker(BaseBroker):
     """`broker_args["ledger"]`: the file that is the broker's order book. Beside it, `.down` closes
-    the book, a quote of HELD waits for `.free`, and `.closed` tells that a connection was."""
+    the book, a quote of HELD waits for `.free`. `.closed` tells that a
+    connection was, `.silent` that a quote of GIL is about to hold it."""
 
     listing_delay = 0.1
     windows = {"once": Window(1, 3600.0)}
@@ -66,7 +67,11 @@ class IsolatedBroker(BaseBroker):
             "TOKENS": len(self.tokens),
         }
         price = value.get(contract.ticker, 1)
-        return Quote(contract, "USD", True, price, 1, 1, 1, 1, datetime.now(UTC))
+        kind = type("Quote", (Quote,), {}) if contract.ticker == "LOCAL" else Quote
+        quote: Quote = kind(contract, "USD", True, price, 1, 1, 1, 1, datetime.now(UTC))
+        if contract.ticker == "LOCK":
+            object.__setattr__(quote, "answer", threading.Lock())  # an SDK's
+        return quote
 
     def close(self) -> None:
         Path(f"{self.ledger}.closed").touch()
@@ -81,6 +86,8 @@ class IsolatedBroker(BaseBroker):
                 self.lost("The line was cut")
             case "ONCE":
                 self.take("once")
+            case "GIL":
+                Path(f"{self.ledger}.silent").touch()
 
     def ping(self) -> object:  # type: ignore[override]
         return threading.Lock()  # an SDK's answer to it
