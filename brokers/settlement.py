@@ -335,9 +335,7 @@ class Settlement:
             if report.mark or not _like(row, report):
                 continue
             known = self._journal.by_order_id(self._instance.id, report.order.order_id)
-            explained = known is not None and (
-                known.row_id < row.row_id or (known.mark is not None and known.state == PLACED)
-            )
+            explained = known is not None and (known.row_id < row.row_id or known.state == PLACED)
             if not explained:
                 log.warning(
                     "order %s stays unknown: the broker lists one like it without a mark",

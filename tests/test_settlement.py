@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar
@@ -646,16 +646,26 @@ def test_deadlines_that_pass_at_any_moment(tmp_path: Path) -> None:
 
 
 # --- marks --------------------------------------------------------------------------------------
-@pytest.mark.parametrize("zone", [UTC, None])
-def test_an_order_like_it_without_a_mark_keeps_it_unknown(on: Stage, zone: timezone | None) -> None:
+@pytest.mark.parametrize(
+    "told",
+    [
+        lambda now: {"time": now},
+        lambda now: {"time": now.replace(tzinfo=None)},
+        lambda now: {"time": now - timedelta(minutes=3)},  # by the broker's clock
+        lambda now: {"contract": None},
+        lambda now: {"order": Order("69788888", "USD", 0)},
+    ],
+)
+def test_an_order_like_it_without_a_mark_keeps_it_unknown(
+    on: Stage, told: Callable[[datetime], dict[str, Any]]
+) -> None:
     """A broker that drops the tag: the listing may or may not have the order. Nobody guesses."""
     trader = on.trader()
 
     def unmarked(**arguments: Any) -> str:
         arguments["mark"] = ""
         on.script.usual("place_order", arguments)
-        moment = datetime.now(UTC).replace(tzinfo=zone)
-        on.script.orders[0] = replace(on.script.orders[0], time=moment)
+        on.script.orders[0] = replace(on.script.orders[0], **told(datetime.now(UTC)))
         raise OutcomeUnknown("The line was cut.")
 
     on.script.do["place_order"] = unmarked
