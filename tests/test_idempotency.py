@@ -447,6 +447,25 @@ def test_any_other_error_leaves_it_open(on: Stage, error: BaseException) -> None
     assert len(on.script.calls("place_order")) == 1
 
 
+class Sdk:
+    def place_order(self) -> str:
+        raise NotImplementedError  # what the broker answered
+
+
+class LeavesOut(ScriptedBroker):
+    def place_order(self, qty: int, **arguments: Any) -> str:  # type: ignore[override]
+        if qty == 13:
+            raise NotImplementedError
+        return Sdk().place_order()
+
+
+def test_only_what_the_broker_itself_leaves_out_was_not_sent(tmp_path: Path) -> None:
+    with stage(tmp_path, kind=LeavesOut) as on:
+        on.ready()
+        assert on.trader().place({**LIMIT_ORDER, "qty": 13}).code == "UNSUPPORTED"
+        assert on.trader().place(LIMIT_ORDER).code == "OUTCOME_UNKNOWN"
+
+
 @pytest.mark.parametrize("nothing", [None, "", " ", 0, "0", True, 1.5])
 def test_an_answer_without_an_id_leaves_it_open(on: Stage, nothing: Any) -> None:
     usual = on.script.usual
