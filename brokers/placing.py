@@ -242,9 +242,8 @@ class Placing:
     ) -> None:
         """On the worker, which does not wait for the disk: what became of a sent order."""
         self._instance.on_stale()
-        if error is None and not _no_id(order_id):
-            outcome = Outcome(PLACED, order_id=str(order_id))
-            self._settle(placement, outcome, str(order_id))
+        if error is None:
+            self._settle(placement, Outcome(PLACED, order_id=order_id), order_id)
         elif isinstance(error, Rejected):
             self._settle(placement, Outcome(REFUSED, reason=error.text), error)
         elif isinstance(error, NOTHING_SENT):
@@ -349,8 +348,3 @@ def _own(error: HttpTradingError, replayed: bool = False) -> HttpTradingError:
     mine = copy.copy(error)
     mine.replayed = replayed
     return mine
-
-
-def _no_id(order_id: Any) -> bool:
-    """Whether a broker's answer to a placement names no order."""
-    return order_id in (None, "", 0, "0")
