@@ -133,6 +133,15 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             end.setblocking(False)
         super().init_process()
 
+    def set_accept_enabled(self, enabled: bool) -> None:
+        """At the end who comes anew is refused, and knows that nothing was sent; the kernel would
+        take him in, and cut him off when the last request has ended. (A reload leaves the master's
+        and the next worker's own ends of these sockets open.)"""
+        super().set_accept_enabled(enabled)
+        if not enabled and not self.alive:
+            for listener in self.sockets:
+                listener.close()
+
     def enqueue_req(self, conn: Any) -> None:
         """The connection has something to read."""
         with self._tally:

@@ -336,7 +336,16 @@ def test_half_a_request_is_given_up(service: Service) -> None:
 
 
 def test_a_service_that_stops_still_answers_on_kept_connections(service: Service) -> None:
-    """Until it has said that it closes them, however many connections have ended before."""
+    """Until it has said that it closes them, however many connections have ended before; and who
+    comes anew is refused meanwhile, not taken in and cut off at the end."""
+
+    def refuses() -> bool:
+        try:
+            service.connect().close()
+        except ConnectionRefusedError:
+            return True
+        return False
+
     path = service.directory / "lingering.conf.py"
     path.write_text(
         f"exec(open({str(ROOT / 'gunicorn.conf.py')!r}).read())\n"
@@ -360,6 +369,7 @@ def test_a_service_that_stops_still_answers_on_kept_connections(service: Service
                 if number == 0:
                     kept.auto_open = 0
                     process.terminate()
+                    service.wait_for(refuses)
 
 
 def test_sighup_reloads_the_configuration(service: Service) -> None:
