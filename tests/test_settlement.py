@@ -238,7 +238,7 @@ def test_one_whose_time_is_up_as_it_comes_to_be_sent_was_not_sent(on: Stage) -> 
     stale, deadline = instance.on_stale, time.monotonic() + 1.0
 
     def late() -> None:
-        time.sleep(max(0.0, deadline - time.monotonic()))
+        wait_for(lambda: time.monotonic() >= deadline, "its time to be up")
         stale()
 
     instance.on_stale = late
@@ -270,7 +270,7 @@ def test_two_listings_that_must_have_it_prove_that_it_is_not_there(
     listed: list[float] = []  # seconds since the call was over, as they reached the broker
 
     def place_order(**_: Any) -> Any:
-        time.sleep(takes)
+        wait_for(lambda: time.monotonic() >= began + takes, "its answer to be due")
         over.append(max(time.monotonic(), began + booked_within))
         return LOST()
 
