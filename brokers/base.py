@@ -272,7 +272,8 @@ class BaseBroker:
         price: float | None = None,
         **kwargs: Any,
     ) -> Answer[str]:
-        """Sends one order and returns the broker's order id.
+        """Sends one order and returns the broker's order id: 1 to 64 visible ASCII characters, or
+        clients can name the order by its `client_order_id` only.
 
         `price` is None for market orders; its shortest text is exactly what the client typed.
         Keywords: `client_order_id`, and `mark`, the tag (ASCII, at most 24 characters) to give to

@@ -195,7 +195,8 @@ class Gateway:
                     owner = self._locks[instance_id].owner()
                     raise BrokerUnavailable(
                         f"Another process ({owner}) serves this instance from the same data "
-                        "directory; nothing was sent. Run one service process per data directory.",
+                        "directory; this request sent nothing. Repeat it if the service is just "
+                        "being reloaded; else run one service process per data directory.",
                         retry_after=2,
                     )
         return self._instances[instance_id]
